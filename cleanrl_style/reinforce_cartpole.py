@@ -1,0 +1,419 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.4", "gymnasium[classic-control]>=1.0", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
+# ]
+# ///
+"""REINFORCE, the Monte Carlo policy gradient, for flat observations and discrete actions.
+
+Paper    Williams (1992), "Simple statistical gradient-following algorithms for connectionist reinforcement
+         learning". Equation numbers are those of Sutton and Barto (2018), "Reinforcement Learning", 2nd edition.
+Idea     Play whole episodes with the current policy. Then make every action more likely if more reward than usual
+         came after it, and less likely if less. No value function, no model, no memory: only what happened.
+
+             G_t    = r_t + gamma * G_{t+1}                                  the return of step t (3.9)
+             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]          the policy gradient (13.8, 13.11)
+
+Differs  One gradient step, by Adam, learns from several episodes. Its baseline b_t is their mean return at the
+         same step t, and the differences are scaled to deviation 1. The factor gamma^t of the book's algorithm is
+         left out, as nearly everybody does. A time limit counts as an end, since nothing here estimates what
+         would have followed: the agent learns to do well within the limit.
+Shapes   N episodes of an update; T steps of an episode; B steps of all N; O numbers of an observation; A actions.
+         Row t of every list and tensor is the step from t to t+1.
+Run      python reinforce_cartpole.py
+         python reinforce_cartpole.py --env-id Acrobot-v1 --total-timesteps 200000
+         The textbook's form: --episodes-per-update 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
+Expect   TODO
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = "reinforce_cartpole"  # named in checkpoints and messages
+MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
+
+
+@dataclass(frozen=True)
+class Args:
+    env_id: str = "CartPole-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
+    seed: int = 1  # of the network, the actions and the environments
+    total_timesteps: int = 100_000  # environment steps to train for
+
+    learning_rate: float = 1e-2  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 at the end of the run
+    gamma: float = 0.99  # discount factor
+    episodes_per_update: int = 8  # whole episodes in one gradient step (N)
+    normalize_returns: bool = True  # subtract the baseline from the returns and scale them to deviation 1
+
+    exp_name: str = SCRIPT  # part of the run folder's name
+    runs_dir: str = "runs"  # where run folders are made
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: what is fastest for this script's network
+    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
+    resume: str = ""  # RUN_DIR: go on with this run from its last checkpoint
+    evaluate: str = ""  # RUN_DIR: play this run's policy, do not train
+    eval_episodes: int = 100  # episodes that the greedy policy plays after training
+    capture_video: bool = False  # save the first evaluation episode as an animated picture
+
+    def __post_init__(self) -> None:
+        for name in ("total_timesteps", "episodes_per_update", "eval_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
+        if self.checkpoint_frequency < 0:
+            raise ValueError(f"--checkpoint-frequency must be at least 0, not {self.checkpoint_frequency}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate must be a positive number, not {self.learning_rate}")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"--gamma must be between 0 and 1, not {self.gamma}")
+        if self.resume and self.evaluate:
+            raise ValueError("--resume and --evaluate exclude each other")
+
+
+# ---- Environment and network ----------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args) -> list[gym.Env]:
+    """One environment for each episode of an update; with --capture-video, the first can be drawn."""
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    try:
+        envs = [gym.make(args.env_id) for _ in range(args.episodes_per_update)]
+        if args.capture_video:
+            if "rgb_array" not in envs[0].metadata["render_modes"]:
+                fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # drawing needs no screen
+            envs[0] = gym.make(args.env_id, render_mode="rgb_array")
+            envs[0].reset()
+            envs[0].render()  # if what it draws with is missing, better to hear it before the training
+    except (gym.error.Error, ImportError) as error:
+        fail(f"cannot make the environment {args.env_id!r}: {error}")
+    obs_space, action_space = envs[0].observation_space, envs[0].action_space
+    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+    if not (flat and isinstance(action_space, gym.spaces.Discrete)):
+        fail(f"needs a flat Box observation and Discrete actions; {args.env_id} has {obs_space} and {action_space}")
+    if envs[0].spec.max_episode_steps is None:
+        envs = [gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS) for env in envs]
+    return envs
+
+
+class Policy(nn.Module):
+    """pi(a|s): two linear layers with a ReLU between, whose outputs are the logits of a softmax over the actions."""
+
+    def __init__(self, obs_size: int, num_actions: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(obs_size, 128), nn.ReLU(), nn.Linear(128, num_actions))
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)  # the first policy plays all actions alike
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Observations (B, O) -> logits (B, A)."""
+        return self.layers(obs)
+
+
+# ---- Playing episodes -----------------------------------------------------------------------------------------------
+
+
+class Episode(NamedTuple):
+    """One whole episode of T steps."""
+
+    obs: list[np.ndarray]  # what the policy saw at t, (O,)
+    actions: list[int]  # what it did
+    rewards: list[float]  # what it got for that
+
+
+@torch.no_grad()  # acting keeps no graph: `update` computes the log probabilities again, in one pass
+def play_episodes(
+    envs: list[gym.Env], policy: Policy, seeds: list[int], greedy: bool = False, frames: list | None = None
+) -> list[Episode]:
+    """Plays one episode per seed, side by side: one forward pass acts for all that still run.
+
+    Environments whose episode has ended wait for the others. Were they to go on with new episodes until enough
+    have ended, short episodes would be over-represented. With frames, the first episode is drawn into that list.
+    """
+    first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always 0
+    device = next(policy.parameters()).device
+    episodes = [Episode([], [], []) for _ in seeds]
+    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+    running = list(range(len(seeds)))
+    while running:
+        batch = np.array([obs[i] for i in running], dtype=np.float32)
+        logits = policy(torch.from_numpy(batch).to(device)).cpu()
+        if not logits.isfinite().all():
+            raise FloatingPointError("the policy's output is not finite; an observation may be NaN or far too large")
+        actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+        if frames is not None and running[0] == 0:
+            frames.append(envs[0].render())
+        still_running = []
+        for i, row, action in zip(running, batch, actions.tolist()):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(first_action + action)
+            episodes[i].obs.append(row)
+            episodes[i].actions.append(action)
+            episodes[i].rewards.append(float(reward))
+            if not (terminated or truncated):
+                still_running.append(i)
+        running = still_running
+    return episodes
+
+
+TRAINING, EVALUATION = 0, 1  # the streams (TRAINING, update) and (EVALUATION,) of episode_seeds
+
+
+def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
+    """Seeds to reset environments with, a function of (seed, stream) alone: a resumed run plays the episodes that
+    it would have played uninterrupted, and no two streams or runs share an episode."""
+    return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
+
+
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+
+
+def discounted_returns(rewards: list[float], gamma: float) -> Tensor:
+    """G_t = r_t + gamma * G_{t+1}, and 0 after the end (3.9): the rewards of one episode -> (T,)."""
+    returns, following = [0.0] * len(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        returns[t] = following = rewards[t] + gamma * following
+    return torch.tensor(returns)
+
+
+def normalize_returns(returns: list[Tensor]) -> Tensor:
+    """(G_t - b_t) / deviation, where b_t is the mean of G_t over all episodes that reached step t: N of (T,) -> (B,).
+
+    As b_t does not depend on a_t, it leaves the expected direction of the gradient as it is (13.10) and takes most of
+    its noise. It knows how much there is left to earn at t: late steps, which have little before them, get their fair
+    share, and where all episodes went alike, nothing is learned.
+    """
+    lengths = torch.tensor([len(episode) for episode in returns])
+    padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
+    reached = torch.arange(padded.shape[1]) < lengths[:, None]  # (N, longest T), False after an episode's end
+    padded = (padded - padded[lengths.argmax()]) * reached  # equal returns become 0, not rounding errors scaled up
+    baseline = padded.sum(0) / reached.sum(0)
+    differences = (padded - baseline)[reached]  # episode after episode
+    return differences / (differences.std(correction=0) + 1e-8)
+
+
+def policy_loss(log_probs: Tensor, returns: Tensor, num_episodes: int) -> Tensor:
+    """-1/N sum_t G_t * log pi(a_t|s_t) over all steps of N episodes, both (B,): its gradient is -grad J (13.8)."""
+    return -(returns * log_probs).sum() / num_episodes
+
+
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, obs: Tensor, actions: Tensor, returns: Tensor, num_episodes: int
+) -> dict[str, Tensor]:
+    """One gradient step on the B steps of N episodes: obs (B, O), actions (B,), returns (B,) -> metrics."""
+    distribution = Categorical(logits=policy(obs), validate_args=False)
+    loss = policy_loss(distribution.log_prob(actions), returns, num_episodes)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if not (loss.isfinite() and all(weights.isfinite().all() for weights in policy.parameters())):
+        raise FloatingPointError(f"the loss is {loss.item()}, or a weight is no longer finite")
+    return {"losses/policy_loss": loss.detach(), "losses/entropy": distribution.entropy().mean().detach()}
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> Path:
+    """Trains a policy, from the start or from the checkpoint in args.resume, and returns the run's folder."""
+    torch.set_num_threads(1)  # for a network this small, a second thread costs more than it brings
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    envs = make_envs(args)
+    policy = Policy(envs[0].observation_space.shape[0], int(envs[0].action_space.n)).to(device)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    global_step = num_updates = 0
+    if args.resume:
+        state = load_checkpoint(args.resume, policy=policy, optimizer=optimizer)
+        global_step, num_updates = state["global_step"], state["num_updates"]
+        torch.set_rng_state(state["random_state"])
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    print(f"Training in {run_dir}", flush=True)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what was logged after the checkpoint
+    settings = asdict(replace(args, resume=""))
+    rows = [f"|{name}|{value}|" for name, value in settings.items()]
+    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), global_step)
+
+    def save() -> None:
+        writer.flush()  # the event file must not lag behind the checkpoint
+        counters = {"global_step": global_step, "num_updates": num_updates, "random_state": torch.get_rng_state()}
+        states = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings} | counters | states)
+
+    save()
+    first_step, start_time = global_step, time.perf_counter()
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="steps", unit_scale=True,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    try:
+        with bar:
+            while global_step < args.total_timesteps:
+                if args.anneal_lr:
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+
+                # Act: N whole episodes of the current policy.
+                seeds = episode_seeds(args.seed, (TRAINING, num_updates), args.episodes_per_update)
+                episodes = play_episodes(envs, policy, seeds)
+
+                # Learn: one gradient step, and the episodes are of no more use, as another policy has played them.
+                obs = torch.from_numpy(np.array([row for episode in episodes for row in episode.obs]))
+                actions = torch.tensor([action for episode in episodes for action in episode.actions])
+                returns = [discounted_returns(episode.rewards, args.gamma) for episode in episodes]
+                targets = normalize_returns(returns) if args.normalize_returns else torch.cat(returns)
+                batch = (obs.to(device), actions.to(device), targets.to(device))
+                metrics = update(policy, optimizer, *batch, len(episodes))
+
+                # Log, save.
+                num_updates += 1
+                global_step += len(actions)
+                episodic_return = float(np.mean([sum(episode.rewards) for episode in episodes]))
+                scalars = {
+                    "charts/episodic_return": episodic_return,  # mean over the N episodes
+                    "charts/episodic_length": len(actions) / len(episodes),
+                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                    "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),
+                }
+                for tag, value in (scalars | metrics).items():
+                    writer.add_scalar(tag, value, global_step)
+                bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
+                bar.update(min(global_step, args.total_timesteps) - bar.n)
+                if args.checkpoint_frequency and global_step % args.checkpoint_frequency < len(actions):
+                    save()
+    except FloatingPointError as error:
+        fail(f"step {global_step}: {error}. Are the environment's observations and rewards finite? If so, try a "
+             f"lower --learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+    save()
+
+    mean_return, mean_length = evaluate(args, envs, policy, run_dir)
+    writer.add_scalar("eval/episodic_length", mean_length, global_step)
+    if args.capture_video:  # add_image would show a still picture
+        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), global_step)
+    writer.add_hparams(settings, {"eval/episodic_return": mean_return}, run_name=".", global_step=global_step)
+    writer.close()
+    print(run_dir)
+    return run_dir
+
+
+def evaluate(args: Args, envs: list[gym.Env], policy: Policy, run_dir: Path) -> tuple[float, float]:
+    """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
+    seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
+    frames = [] if args.capture_video else None
+    episodes = play_episodes(envs, policy, seeds[: len(envs)], greedy=True, frames=frames)
+    for first in range(len(envs), len(seeds), len(envs)):
+        episodes += play_episodes(envs, policy, seeds[first : first + len(envs)], greedy=True)
+    returns = [sum(episode.rewards) for episode in episodes]
+    print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
+    if frames:
+        fps = envs[0].metadata.get("render_fps", 30)
+        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames[::2]]
+        first, *others = pictures  # every second frame, so twice the time for each
+        first.save(run_dir / "episode.gif", save_all=True, append_images=others, duration=2000 / fps, loop=0)
+        print(f"Animated picture: {run_dir / 'episode.gif'}")
+    return float(np.mean(returns)), float(np.mean([len(episode.rewards) for episode in episodes]))
+
+
+# ---- Runs, checkpoints, command line --------------------------------------------------------------------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with one line on stderr."""
+    print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is the CPU: to call a GPU takes longer than so small a network takes to compute."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name, True):
+        fail(f"--device {name}: PyTorch finds no such device on this machine")
+    return torch.device("cpu" if name == "auto" else name)
+
+
+def make_run_dir(args: Args) -> Path:
+    """Makes the folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>, which must be new."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:  # another run began in this second
+        time.sleep(1)
+        return make_run_dir(args)
+    except OSError as error:
+        fail(f"cannot make the run folder {run_dir}: {error.strerror}")
+    return run_dir
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> None:
+    """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
+    with open(run_dir / "checkpoint.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(run_dir: str, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads a run's checkpoint and puts the states of the given parts, such as policy=policy, into them."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"there is no checkpoint.pt in {run_dir!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
+        if not isinstance(state, dict) or state.get("script") != SCRIPT:
+            fail(f"{path} is not a checkpoint of {SCRIPT}.py")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state | {"args": Args(**state["args"])}
+    except Exception as error:  # a cut or foreign file fails in a dozen ways
+        fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
+
+
+def parse_args() -> Args:
+    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if not (args.resume or args.evaluate):
+        return args
+    saved = load_checkpoint(args.resume or args.evaluate)["args"]
+    saved = replace(saved, resume=args.resume, evaluate=args.evaluate)
+    args = tyro.cli(Args, default=saved)
+    changeable = {"total_timesteps", "device", "checkpoint_frequency", "eval_episodes", "capture_video"}
+    if args.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+    for name, value in asdict(saved).items():
+        if name not in changeable and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        if args.resume or not args.evaluate:
+            train(args)
+        else:
+            envs = make_envs(args)
+            policy = Policy(envs[0].observation_space.shape[0], int(envs[0].action_space.n))
+            load_checkpoint(args.evaluate, policy=policy)
+            evaluate(args, envs, policy.to(pick_device(args.device)), Path(args.evaluate))
+            print(args.evaluate)
+    except KeyboardInterrupt:
+        fail("interrupted; --resume and the run's folder go on from its last checkpoint", code=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What all the tests share: where the scripts are, and how to run one as a user does."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "cleanrl_style").glob("*.py"))
+
+sys.path.insert(0, str(ROOT / "cleanrl_style"))  # so that a test can `import reinforce_cartpole`
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes longer than a few seconds; leave out with -m 'not slow'")
+
+
+class Result:
+    """What a user sees of a command that has ended."""
+
+    def __init__(self, process: subprocess.CompletedProcess) -> None:
+        self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
+        self.lines = self.out.splitlines()
+
+    def __repr__(self) -> str:
+        return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+class Bench:
+    """An otherwise empty folder that holds a copy of one script, to run it there."""
+
+    def __init__(self, script: Path, folder: Path) -> None:
+        self.folder = folder
+        self.script = Path(shutil.copy(script, folder))
+        # A user's shell has no PYTHONPATH; a wide terminal keeps the parser's messages on one line.
+        self.environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLUMNS": "300"}
+
+    def command(self, *arguments: object) -> list[str]:
+        return [sys.executable, self.script.name, *map(str, arguments)]
+
+    def run(self, *arguments: object, timeout: float = 120) -> Result:
+        return Result(
+            subprocess.run(
+                self.command(*arguments), cwd=self.folder, env=self.environment, timeout=timeout,
+                capture_output=True, text=True, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        )
+
+    def train(self, *arguments: object) -> Path:
+        """Runs to the end and returns the run's folder, which the last line names."""
+        result = self.run(*arguments)
+        assert result.code == 0, result
+        return self.folder / result.lines[-1]
+
+    def start(self, *arguments: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.command(*arguments), cwd=self.folder, env=self.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip

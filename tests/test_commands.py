@@ -1,0 +1,544 @@
+"""Every script, as a user runs it: copied alone into an empty folder, from the command line."""
+
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import json
+import math
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+import urllib.parse
+import urllib.request
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, Bench
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_conventions import TAGS
+
+# A run of each script of about a second, with several checkpoints and updates.
+TINY = {
+    "reinforce_cartpole": "--total-timesteps 20000 --checkpoint-frequency 1000 --episodes-per-update 4 --eval-episodes 6",
+}
+# Gymnasium environments whose spaces the script cannot handle.
+WRONG_SPACES = {
+    "reinforce_cartpole": ["Pendulum-v1", "FrozenLake-v1", "Blackjack-v1"],
+}
+# A setting that no training survives.
+DIVERGES = {
+    "reinforce_cartpole": "--learning-rate 1e38",
+}
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem, scope="module")
+def script(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tiny(script):
+    return TINY[script.stem].split()
+
+
+@pytest.fixture
+def bench(script, tmp_path):
+    return Bench(script, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reference(script, tiny, tmp_path_factory):
+    """One run that nothing interrupted, with its picture; tests only read it, or copy it."""
+    bench = Bench(script, tmp_path_factory.mktemp("reference"))
+    bench.result = bench.run(*tiny, "--capture-video")
+    assert bench.result.code == 0, bench.result
+    bench.run_dir = bench.folder / bench.result.lines[-1]
+    return bench
+
+
+def state(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Whether two checkpoints, or parts of them, are equal to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def learned(run_dir):
+    """All of a checkpoint but the arguments: where the run lies is not what it learned."""
+    return {key: value for key, value in state(run_dir).items() if key != "args"}
+
+
+def events(run_dir):
+    return EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+
+
+def scalars(run_dir):
+    accumulator = events(run_dir)
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def fingerprint(folder):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def is_refused(result, *words):
+    """One clear line on stderr, exit code 2, no traceback. The parser draws a frame around its line."""
+    assert result.code == 2, result
+    assert "Traceback" not in result.err and result.out == "", result
+    lines = [line for line in result.err.splitlines() if "pygame" not in line]
+    if not lines[0].startswith("╭"):
+        assert len(lines) == 1, result
+    for word in words:
+        assert word in result.err, result
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def test_help_has_a_line_for_every_flag(script, bench):
+    result = bench.run("--help")
+    assert result.code == 0
+    args = importlib.import_module(script.stem).Args
+    for field in dataclasses.fields(args):
+        assert f"--{field.name.replace('_', '-')}" in result.out
+    assert importlib.import_module(script.stem).__doc__.splitlines()[0] in result.out
+
+
+def test_a_run_and_its_folder(script, reference):
+    lines, run_dir = reference.result.lines, reference.run_dir
+    assert lines[0] == f"Training in {lines[-1]}"
+    args = importlib.import_module(script.stem).Args()
+    name = re.escape(args.env_id.replace("/", "-")) + rf"__{script.stem}__1__\d{{8}}-\d{{6}}"
+    assert re.fullmatch(f"runs/{name}", lines[-1])
+    assert "Evaluation: return" in lines[-3]
+    files = sorted(path.name.split(".")[0] for path in run_dir.iterdir())
+    assert files == ["checkpoint", "episode", "events", "events"]
+    assert "100%" in reference.result.err and "steps/s" in reference.result.err and "return" in reference.result.err
+
+
+def test_tags_and_values_of_a_run(reference):
+    found = scalars(reference.run_dir)
+    assert set(found) <= TAGS
+    assert {tag for tag in TAGS if tag.startswith(("charts/episodic", "eval/episodic"))} | {"charts/SPS"} <= set(found)
+    for tag, points in found.items():
+        assert all(math.isfinite(value) for _, value in points), tag
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), tag
+    (_, mean), = found["eval/episodic_return"]  # fmt: skip
+    assert f"return {mean:.1f} ±" in reference.result.out
+    assert found["eval/episodic_return"][0][0] == state(reference.run_dir)["global_step"] >= 20000
+
+
+def test_checkpoint_holds_the_arguments(script, reference):
+    args = importlib.import_module(script.stem).Args
+    saved = args(**state(reference.run_dir)["args"])
+    assert saved.total_timesteps == 20000 and saved.capture_video and saved.resume == ""
+
+
+def test_the_picture_opens_and_moves(reference):
+    with Image.open(reference.run_dir / "episode.gif") as picture:
+        assert picture.n_frames > 5 and min(picture.size) > 50
+        frames = set()
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            frames.add(picture.convert("RGB").tobytes())
+            assert picture.info["duration"] >= 20
+        assert len(frames) > 5
+    (image,) = events(reference.run_dir).Images("eval/episode")
+    assert image.encoded_image_string == (reference.run_dir / "episode.gif").read_bytes()
+
+
+def test_same_seed_same_weights_another_seed_others(bench, tiny, reference):
+    again, other = bench.train(*tiny), bench.train(*tiny, "--seed", 2)
+    assert same(learned(again), learned(reference.run_dir))
+    assert not same(learned(other)["policy"], learned(reference.run_dir)["policy"])
+    ours, theirs = scalars(again), scalars(reference.run_dir)
+    assert {**ours, "charts/SPS": None} == {**theirs, "charts/SPS": None}
+
+
+def test_two_runs_that_begin_together_have_two_folders(bench):
+    first, second = bench.start(*TINY[bench.script.stem].split()), bench.start(*TINY[bench.script.stem].split())
+    assert first.wait(60) == second.wait(60) == 0
+    folders = {process.communicate()[0].splitlines()[-1] for process in (first, second)}
+    assert len(folders) == 2
+
+
+def test_the_bar_moves_in_a_terminal(bench, tiny):
+    """A pseudo-terminal stands for the user's: the bar is drawn again and again over itself."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(bench.command(*tiny), cwd=bench.folder, env=bench.environment, stdout=slave, stderr=slave)
+    os.close(slave)
+    output = b""
+    try:
+        while chunk := os.read(master, 65536):
+            output += chunk
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    assert process.wait(60) == 0
+    percents = [int(found) for found in re.findall(r"\r *(\d+)%\|", output.decode())]
+    assert len(set(percents)) >= 3 and percents == sorted(percents) and percents[-1] == 100
+    assert all(word in output.decode() for word in ("steps/s", "<", "return"))  # speed, time left, return
+
+
+def test_a_bar_in_a_log_file_is_short(reference):
+    assert len(reference.result.err) < 2000
+
+
+# ---- Resuming -------------------------------------------------------------------------------------------------------
+
+
+def kill_at(bench, arguments, checkpoints, pause):
+    """Starts a run, lets it write so many checkpoints, waits a little, and kills it. Returns its folder."""
+    process = bench.start(*arguments)
+    run_dir = bench.folder / process.stdout.readline().removeprefix("Training in ").strip()
+    seen, written = 0, None
+    while seen < checkpoints and process.poll() is None:
+        try:
+            now = (run_dir / "checkpoint.pt").stat().st_ino
+        except FileNotFoundError:
+            continue
+        seen, written = seen + (now != written), now
+    time.sleep(pause)
+    process.kill()
+    process.communicate()
+    return run_dir
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3, 6, "twice", "the end"])
+def test_resume_after_a_kill_is_as_if_nothing_happened(bench, tiny, reference, checkpoints):
+    pause = random.random() * 0.05
+    print(f"killed {pause:.3f} s after checkpoint {checkpoints}")
+    if checkpoints == "the end":
+        run_dir = kill_at(bench, tiny, 10**6, pause)
+    else:
+        run_dir = kill_at(bench, tiny, 2 if checkpoints == "twice" else checkpoints, pause)
+    (run_dir / "checkpoint.tmp").write_bytes(b"half a checkpoint")
+    if checkpoints == "twice":
+        kill_at(bench, ["--resume", run_dir], 3, pause)
+    result = bench.run("--resume", run_dir)
+    assert result.code == 0 and result.lines[-1] == str(run_dir), result
+    assert same(learned(run_dir), learned(reference.run_dir))
+    ours, theirs = scalars(run_dir), scalars(reference.run_dir)
+    for tag in theirs.keys() - {"charts/SPS"}:
+        assert sorted(set(ours[tag])) == theirs[tag], tag
+        if checkpoints != "the end":  # a run that had ended evaluates once more
+            assert ours[tag] == theirs[tag], tag
+
+
+def test_resume_can_go_further(bench, tiny, reference):
+    run_dir = shutil.copytree(reference.run_dir, bench.folder / "run")
+    bench.train("--resume", run_dir, "--total-timesteps", 25000, "--no-capture-video")
+    assert state(run_dir)["global_step"] >= 25000
+    assert state(run_dir)["args"]["total_timesteps"] == 25000
+    assert [step for step, _ in scalars(run_dir)["eval/episodic_return"]] == [
+        state(reference.run_dir)["global_step"], state(run_dir)["global_step"],
+    ]  # fmt: skip
+
+
+def test_checkpoints_do_not_change_the_run(bench, tiny, reference):
+    run_dir = bench.train(*tiny, "--checkpoint-frequency", 0)
+    assert same(learned(run_dir), learned(reference.run_dir))
+
+
+def test_a_moved_folder_resumes(bench, tiny, reference):
+    run_dir = kill_at(bench, tiny, 3, 0)
+    moved = run_dir.rename(bench.folder / "moved")
+    bench.train("--resume", moved)
+    assert same(learned(moved), learned(reference.run_dir))
+
+
+def test_ctrl_c_says_how_to_go_on(bench, tiny):
+    process = bench.start(*tiny, "--total-timesteps", 10**7)
+    run_dir = bench.folder / process.stdout.readline().removeprefix("Training in ").strip()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert state(run_dir)["global_step"] > 0
+
+
+# ---- Evaluating -----------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_repeats_the_result_and_changes_nothing(bench, reference):
+    run_dir = shutil.copytree(reference.run_dir, bench.folder / "run")
+    before = fingerprint(run_dir)
+    result = bench.run("--evaluate", run_dir, "--no-capture-video")
+    assert result.code == 0, result
+    (line,) = [line for line in reference.result.lines if line.startswith("Evaluation")]
+    assert result.lines == [line, str(run_dir)]
+    assert fingerprint(run_dir) == before
+    result = bench.run("--evaluate", run_dir, "--no-capture-video", "--eval-episodes", 2)
+    assert "over 2 episodes" in result.out
+
+
+def test_evaluate_with_a_picture(bench, reference):
+    run_dir = shutil.copytree(reference.run_dir, bench.folder / "run")
+    (run_dir / "episode.gif").unlink()
+    result = bench.run("--evaluate", run_dir, "--capture-video")
+    assert result.code == 0, result
+    with Image.open(run_dir / "episode.gif") as picture:
+        assert picture.n_frames > 5
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_the_run(reference):
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", reference.folder / "runs", "--port", "0"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        for line in server.stderr:
+            if found := re.search(r"http://\S+:(\d+)/", line):
+                break
+        url = f"http://localhost:{found[1]}/data/"
+
+        def get(path, body=None):
+            data, headers = body and json.dumps(body).encode(), {"Content-Type": "application/json"}
+            request = urllib.request.Request(url + path, data, headers)
+            return json.loads(urllib.request.urlopen(request, timeout=30).read())
+
+        run = reference.run_dir.name
+        deadline = time.monotonic() + 60
+        while run not in get("runs") or "eval/episodic_return" not in get("plugin/scalars/tags").get(run, {}):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        query = urllib.parse.urlencode({"run": run, "tag": "charts/episodic_return"})
+        points = get(f"plugin/scalars/scalars?{query}")
+        assert [(step, value) for _, step, value in points] == [
+            (step, pytest.approx(value)) for step, value in scalars(reference.run_dir)["charts/episodic_return"]
+        ]
+        query = urllib.parse.urlencode({"run": run, "tag": "hyperparameters/text_summary"})
+        assert "total_timesteps" in get(f"plugin/text/text?{query}")[0]["text"]
+        assert "eval/episode" in get("plugin/images/tags")[run]
+        allowed = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
+        groups = get(
+            "plugin/hparams/session_groups",
+            {"experimentName": "", "allowedStatuses": allowed, "colParams": [], "startIndex": 0, "sliceSize": 10},
+        )
+        (group,) = groups["sessionGroups"]
+        assert group["hparams"]["total_timesteps"] == 20000
+        (metric,) = [m for m in group["metricValues"] if m["name"]["tag"] == "eval/episodic_return"]
+        assert metric["value"] == pytest.approx(scalars(reference.run_dir)["eval/episodic_return"][0][1])
+    finally:
+        server.kill()
+        server.wait()
+
+
+# ---- One's own environment ------------------------------------------------------------------------------------------
+
+OWN_MODULE = """
+import gymnasium as gym
+import numpy as np
+
+
+class Line(gym.Env):
+    '''Where am I, on a line? Action 8 is right, action 7 left; right pays. Nothing ends it but its own clock.'''
+    observation_space = gym.spaces.Box(-100, 100, (1,), np.float64)
+    action_space = gym.spaces.Discrete(2, start=7)
+
+    def __init__(self, poison=False):
+        self.poison = poison
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = 0, 0
+        return np.zeros(1), {}
+
+    def step(self, action):
+        self.x += 1 if action == 8 else -1
+        self.t += 1
+        obs = np.full(1, np.nan if self.poison and self.t == 9 else self.x / 10)
+        return obs, float(action == 8), False, self.t == 20, {}
+
+
+gym.register("Line-v0", entry_point=Line)
+gym.register("Poison-v0", entry_point=Line, kwargs={"poison": True})
+"""
+
+
+def test_own_environment_in_the_current_folder(bench):
+    (bench.folder / "my_module.py").write_text(OWN_MODULE)
+    result = bench.run("--env-id", "my_module:Line-v0", "--total-timesteps", 20000, "--eval-episodes", 3)
+    assert result.code == 0, result
+    assert "return 20.0 ± 0.0" in result.out
+    assert result.lines[-1].startswith("runs/my_module-Line-v0__")
+
+
+def test_own_environment_that_cannot_be_drawn(bench):
+    (bench.folder / "my_module.py").write_text(OWN_MODULE)
+    result = bench.run("--env-id", "my_module:Line-v0", "--capture-video")
+    is_refused(without_warnings(result), "--capture-video")
+    assert not (bench.folder / "runs").exists()
+
+
+def without_warnings(result):
+    """Gymnasium warns, on lines of its own, about what it finds odd in an environment."""
+    result.err = "\n".join(line for line in result.err.splitlines() if "WARN" not in line and "logger" not in line)
+    return result
+
+
+# ---- NaN ------------------------------------------------------------------------------------------------------------
+
+
+def stops_with_a_finite_checkpoint(bench, *arguments):
+    process = bench.run(*arguments)
+    assert process.code == 1 and "Traceback" not in process.err, process
+    last = process.err.splitlines()[-1]
+    assert re.search(r"step \d+: .* finite", last), process
+    run_dir = bench.folder / process.lines[0].removeprefix("Training in ")
+    assert str(run_dir.relative_to(bench.folder)) in last
+    assert all(weights.isfinite().all() for weights in state(run_dir)["policy"].values())
+    return last
+
+
+def test_diverging_weights_stop_the_run(script, bench):
+    assert "--learning-rate" in stops_with_a_finite_checkpoint(bench, *DIVERGES[script.stem].split())
+
+
+def test_an_observation_that_is_nan_stops_the_run(bench):
+    (bench.folder / "my_module.py").write_text(OWN_MODULE)
+    assert "observation" in stops_with_a_finite_checkpoint(bench, "--env-id", "my_module:Poison-v0")
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ("--env-id CartPoll-v1", "CartPole"),  # names the nearest
+        ("--env-id CartPole-v7", "v1"),
+        ("--env-id no_such_module:Env-v0", "no_such_module"),
+        ("--env-id nonsense", "nonsense"),
+        ("--seed -1", "--seed"),
+        ("--seed 18446744073709551616", "--seed"),
+        ("--seed one", "--seed"),
+        ("--total-timesteps 0", "--total-timesteps"),
+        ("--total-timesteps 1e5", "--total-timesteps"),
+        ("--checkpoint-frequency -5", "--checkpoint-frequency"),
+        ("--eval-episodes 0", "--eval-episodes"),
+        ("--learning-rate 0", "--learning-rate"),
+        ("--learning-rate -0.1", "--learning-rate"),
+        ("--learning-rate nan", "--learning-rate"),
+        ("--learning-rate inf", "--learning-rate"),
+        ("--gamma 1.5", "--gamma"),
+        ("--gamma nan", "--gamma"),
+        ("--device tpu", "--device"),
+        ("--no-such-flag 3", "--no-such-flag"),
+        ("--total-timestep 5", "--total-timesteps"),  # names the nearest
+        ("--seed", "--seed"),
+        ("stray", "stray"),
+        ("--resume a --evaluate b", "--evaluate"),
+        ("--resume nowhere", "nowhere"),
+        ("--evaluate nowhere", "nowhere"),
+        ("--exp-name", "--exp-name"),
+    ],
+)
+def test_bad_arguments_are_refused(bench, arguments, word):
+    is_refused(bench.run(*arguments.split()), word)
+    assert list(bench.folder.iterdir()) == [bench.script]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_missing_device_is_refused(bench):
+    is_refused(bench.run("--device", "cuda"), "cuda")
+
+
+def test_wrong_spaces_are_refused(script, bench):
+    for env_id in WRONG_SPACES[script.stem]:
+        is_refused(bench.run("--env-id", env_id), "needs a", env_id)
+    assert not (bench.folder / "runs").exists()
+
+
+def test_a_missing_extra_is_named(bench):
+    (bench.folder / "mujoco.py").write_text("raise ImportError('hidden by the test')")
+    is_refused(bench.run("--env-id", "HalfCheetah-v5"), "gymnasium[mujoco]")
+
+
+@pytest.mark.parametrize("place", ["a_file", "a_file/runs", "x" * 300, "/proc/runs"])
+def test_an_unwritable_runs_folder_is_refused(bench, place):
+    (bench.folder / "a_file").write_text("mine")
+    is_refused(bench.run("--runs-dir", place), "run folder")
+    assert (bench.folder / "a_file").read_text() == "mine"
+
+
+def foreign_checkpoints(reference):
+    whole = (reference.run_dir / "checkpoint.pt").read_bytes()
+    other = state(reference.run_dir)
+    yield "empty", b""
+    yield "first half", whole[: len(whole) // 2]
+    yield "last byte missing", whole[:-1]
+    yield "text", b"these are not the weights you are looking for"
+    yield "a pickle that runs code", b"cos\nsystem\n(S'touch pwned'\ntR."
+    for name, value in (
+        ("a tensor", torch.zeros(3)),
+        ("another program's", {"model": torch.zeros(3)}),
+        ("another script's", other | {"script": "another_script"}),
+        ("unknown arguments", other | {"args": other["args"] | {"unknown": 1}}),
+        ("impossible arguments", other | {"args": other["args"] | {"gamma": 7.0}}),
+        ("no weights", {key: value for key, value in other.items() if key != "policy"}),
+        ("weights of another shape", other | {"policy": {k: w[:1] for k, w in other["policy"].items()}}),
+    ):
+        file = reference.folder / "made_up.pt"
+        torch.save(value, file)
+        yield name, file.read_bytes()
+        file.unlink()
+
+
+def test_a_checkpoint_that_is_none_of_ours_is_refused(bench, reference):
+    for name, content in foreign_checkpoints(reference):
+        run_dir = bench.folder / name.replace(" ", "_")
+        run_dir.mkdir()
+        (run_dir / "checkpoint.pt").write_bytes(content)
+        before = fingerprint(bench.folder)
+        flag = random.choice(["--resume", "--evaluate"])
+        is_refused(bench.run(flag, run_dir.name, "--no-capture-video"), run_dir.name)
+        assert fingerprint(bench.folder) == before, name
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_what_a_run_is_cannot_be_changed(bench, reference, flag):
+    run_dir = shutil.copytree(reference.run_dir, bench.folder / "run")
+    before = fingerprint(bench.folder)
+    for change in ("--seed 2", "--learning-rate 0.5", "--env-id Acrobot-v1", "--total-timesteps 100", "--exp-name x"):
+        is_refused(bench.run(flag, "run", *change.split()), change.split()[0])
+    assert fingerprint(bench.folder) == before
+
+
+def test_a_run_folder_that_is_a_file_is_refused(bench):
+    is_refused(bench.run("--resume", bench.script.name), bench.script.name)
+
+
+# ---- The repository as a whole --------------------------------------------------------------------------------------
+
+
+def test_all_scripts_are_covered():
+    for table in (TINY, WRONG_SPACES, DIVERGES):
+        assert set(table) == {path.stem for path in SCRIPTS}
+
+
+def test_scripts_run_from_the_top_of_the_repository(tmp_path):
+    for script in SCRIPTS:
+        result = subprocess.run([sys.executable, script.relative_to(ROOT), "--help"], cwd=ROOT, capture_output=True)
+        assert result.returncode == 0

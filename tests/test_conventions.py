@@ -1,0 +1,270 @@
+"""What every script must look like, read from its source: since the files share no code, these tests hold them together.
+
+Each rule is a function over {file name: source} that yields complaints. It is applied to the scripts, and to a
+broken copy of one, where it must complain: a rule that cannot fail holds nothing.
+"""
+
+import ast
+import csv
+import importlib.metadata
+import re
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+SOURCES = {path.name: path.read_text() for path in SCRIPTS}
+README = (ROOT / "README.md").read_text()
+
+HEADINGS = ["Paper", "Idea", "Differs", "Shapes", "Run", "Expect"]
+
+# Every tag that a script may write. One name means one thing, in all scripts.
+TAGS = {
+    "charts/episodic_return",  # of the episodes that ended, the environment's own reward, undiscounted
+    "charts/episodic_length",  # in steps
+    "charts/learning_rate",
+    "charts/SPS",  # environment steps per second, since the start or the resumption
+    "losses/policy_loss",
+    "losses/entropy",  # of the policy, in nats, mean over the steps
+    "eval/episodic_return",  # mean over the evaluation episodes, greedy policy
+    "eval/episodic_length",
+    "eval/episode",  # the animated picture
+    "hyperparameters",  # the arguments, as text
+}
+
+# Every script takes these flags, in this order within its own.
+COMMON_FLAGS = [
+    "env_id", "seed", "total_timesteps", "exp_name", "runs_dir", "device", "checkpoint_frequency", "resume",
+    "evaluate", "eval_episodes", "capture_video",
+]  # fmt: skip
+
+# Functions and classes that have one name but not one code, with the reason. All others must be equal, word for word.
+OWN_CODE = {
+    "Args": "every algorithm has settings of its own",
+    "__post_init__": "and its own impossible values",
+    "train": "is the algorithm",
+    "update": "is the algorithm",
+    "evaluate": "acts as the algorithm does",
+    "main": "builds the networks of the algorithm",
+    "make_envs": "asks for the spaces that the algorithm can handle",
+    "__init__": "networks differ",
+    "forward": "networks differ",
+    "save": "lists what the algorithm must remember",
+}
+
+MODULE_OF_A_DEPENDENCY = {"numpy": "gymnasium", "PIL": "tensorboard"}  # not named: these packages require them
+
+
+# ---- The rules ------------------------------------------------------------------------------------------------------
+
+
+def docstrings(sources):
+    for name, source in sources.items():
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+        lines = docstring.splitlines()
+        if not 15 <= len(lines) <= 32:
+            yield f"{name}: the docstring has {len(lines)} lines"
+        found = [line.split()[0] for line in lines[1:] if re.match(r"[A-Z]\w+ {2,}\S", line)]
+        if found != HEADINGS:
+            yield f"{name}: the docstring's headings are {found}, not {HEADINGS}"
+        if "TODO" in docstring or not lines or not lines[0].endswith("."):
+            yield f"{name}: the docstring is unfinished"
+        for line in re.findall(r"python (\w+\.py)", docstring):
+            if line != name:
+                yield f"{name}: the docstring runs {line}"
+
+
+def imports(sources):
+    for name, source in sources.items():
+        metadata = {package for package, _, _ in requirements(inline_metadata(source)[1])}
+        project = {other.removesuffix(".py") for other in sources} | {"cleanrl_style", "tests"}
+        for node in ast.walk(ast.parse(source)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            for module in (module.split(".")[0] for module in modules):
+                package = MODULE_OF_A_DEPENDENCY.get(module, module.replace("_", "-"))
+                if module in project or module == "":
+                    yield f"{name}: imports {module}, a file of this project"
+                elif module not in sys.stdlib_module_names and package not in metadata:
+                    yield f"{name}: imports {module}, which its metadata does not name"
+
+
+def arguments(source):
+    """Name -> (annotation, default, comment) of the fields of Args."""
+    (node,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    lines = source.splitlines()
+    return {
+        field.target.id: (
+            ast.unparse(field.annotation), ast.unparse(field.value),
+            lines[field.end_lineno - 1][field.end_col_offset :].strip().removeprefix("# "),
+        )
+        for field in node.body if isinstance(field, ast.AnnAssign)
+    }  # fmt: skip
+
+
+def flags(sources):
+    seen = {}
+    for name, source in sources.items():
+        fields = arguments(source)
+        if [field for field in fields if field in COMMON_FLAGS] != COMMON_FLAGS:
+            yield f"{name}: does not have the common flags in their order"
+        for field, (annotation, _, comment) in fields.items():
+            if not re.search(rf"\b(args|saved|self)\.{field}\b", source):
+                yield f"{name}: nothing reads --{field.replace('_', '-')}"
+            if not comment:
+                yield f"{name}: --{field} has no comment"
+            if seen.setdefault(field, (annotation, comment)) != (annotation, comment):
+                yield f"{name}: --{field} has another type or comment elsewhere"
+        if 'exp_name: str = SCRIPT' not in source or f'SCRIPT = "{name.removesuffix(".py")}"' not in source:
+            yield f"{name}: SCRIPT is not its name"
+
+
+def same_name_same_code(sources):
+    seen = {}
+    for name, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in OWN_CODE:
+                code = ast.unparse(node)
+                other, expected = seen.setdefault(node.name, (name, code))
+                if code != expected:
+                    yield f"{name}: {node.name} is not as in {other}"
+
+
+def tags(sources):
+    for name, source in sources.items():
+        strings = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+        for tag in sorted(s for s in strings if isinstance(s, str) and re.fullmatch(r"(charts|losses|eval)/\w+", s)):
+            if tag not in TAGS:
+                yield f"{name}: the tag {tag} is not in the registry"
+
+
+def form(sources):
+    for name, source in sources.items():
+        if not source.startswith("# /// script\n"):
+            yield f"{name}: does not begin with its metadata"
+        if not source.endswith('\n\nif __name__ == "__main__":\n    main()\n'):
+            yield f"{name}: does not end with the two-line guard"
+        for number, line in enumerate(source.splitlines(), 1):
+            if len(line) > 120 or line != line.rstrip():
+                yield f"{name}:{number}: more than 120 characters, or trailing blanks"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 90:
+                yield f"{name}: {node.name} is too long for a screen"
+            if isinstance(node, ast.Global | ast.Nonlocal):
+                yield f"{name}: global state"
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name != "main" and not ast.get_docstring(node):
+                yield f"{name}: {node.name} has no docstring"
+
+
+def inline_metadata(source):
+    """(requires-python, [requirement, ...]) of the PEP 723 block, parsed as that standard says."""
+    (block,) = re.findall(r"(?m)^# /// script$\s((?:^#(?:| .*)$\s)+?)^# ///$", source)
+    text = "".join(line[2:] + "\n" for line in block.splitlines())
+    (python,) = re.findall(r'requires-python = "(.*)"', text)
+    return python, re.findall(r'"([^"]+)"', text.split("dependencies")[1])
+
+
+def requirements(lines):
+    """(name, extras, version) of each requirement."""
+    for line in lines:
+        match = re.fullmatch(r"([\w-]+)(?:\[([\w,-]+)\])?(?:>=|==)([\d.]+)", line)
+        assert match, f"not of the form name[extras]>=version: {line}"
+        yield match[1], set((match[2] or "").split(",")) - {""}, tuple(map(int, match[3].split(".")))
+
+
+def metadata(sources):
+    def read(path):
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith(("#", "-r"))]
+        return {name: (extras, version) for name, extras, version in requirements(lines)}
+
+    pins, oldest = read(ROOT / "requirements.txt"), read(ROOT / "tests" / "requirements-oldest.txt")
+    for name, source in sources.items():
+        for package, extras, bound in requirements(inline_metadata(source)[1]):
+            if package not in pins:
+                yield f"{name}: {package} is not in requirements.txt"
+                continue
+            if not extras <= pins[package][0]:
+                yield f"{name}: {package}{extras} is more than requirements.txt has"
+            if bound > pins[package][1]:
+                yield f"{name}: {package} is newer than in requirements.txt"
+            if package not in oldest or oldest[package][1] > bound:
+                yield f"{name}: {package} was never run as old as its lower bound says"
+
+
+def readme(sources):
+    for name, source in sources.items():
+        rows = [line for line in README.splitlines() if line.startswith("|") and f"({name})" in line.replace("cleanrl_style/", "")]
+        if len(rows) != 1:
+            yield f"{name}: README.md has {len(rows)} rows for it"
+        elif f"| {len(source.splitlines())} |" not in rows[0]:
+            yield f"{name}: README.md gives another number of lines than {len(source.splitlines())}"
+    for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README):
+        if not (ROOT / "".join(target)).exists():
+            yield f"README.md links to {''.join(target)}, which does not exist"
+
+
+RULES = [docstrings, imports, flags, same_name_same_code, tags, form, metadata, readme]
+
+
+# ---- The tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_scripts_keep(rule):
+    assert list(rule(SOURCES)) == []
+
+
+FIRST, SOURCE = next(iter(SOURCES.items()))
+BROKEN = [
+    (docstrings, r"\nShapes .*", "\n"),
+    (docstrings, r"\nExpect  ", "\nExpect   TODO "),
+    (imports, r"\nimport tyro", "\nimport tyro\nimport pandas"),
+    (imports, r"\nimport tyro", "\nimport tyro\nfrom tests import conftest"),
+    (flags, r"\n    seed: int", "\n    unread: int = 0  # nothing reads this\n    seed: int"),
+    (flags, r"(\n    seed: int = 1) .*", r"\1"),
+    (tags, r'"charts/SPS"', '"charts/steps_per_second"'),
+    (form, r"\n    main\(\)\n$", "\n    main()\n    main()\n"),
+    (form, r"\n\n\ndef train", "\n\n\ndef undocumented():\n    pass\n\n\ndef train"),
+    (metadata, r'"tqdm>=', '"tqdm>=9'),
+    (metadata, r'"torch>=2\.\d+', '"torch>=1.9'),
+    (metadata, r'"tyro>=', '"rich>=1.0", "tyro>='),
+    (readme, r"\n$", "\n\n"),
+]
+
+
+@pytest.mark.parametrize("rule, pattern, replacement", BROKEN, ids=[rule.__name__ for rule, _, _ in BROKEN])
+def test_rule_finds_a_broken_script(rule, pattern, replacement):
+    broken, count = re.subn(pattern, replacement, SOURCE, count=1)
+    assert count == 1, "the pattern no longer fits the script"
+    assert list(rule({FIRST: broken}))
+
+
+@pytest.mark.parametrize(
+    "rule, pattern, replacement",
+    [
+        (same_name_same_code, r'"checkpoint\.tmp"', '"checkpoint.new"'),
+        (flags, r"(\n    seed: int = 1 ) # .*", r"\1 # another comment"),
+        (flags, r"\n    seed: int", "\n    seed: float"),
+    ],
+)
+def test_rule_finds_two_scripts_that_differ(rule, pattern, replacement):
+    other = re.sub(pattern, replacement, SOURCE, count=1)
+    assert other != SOURCE
+    assert list(rule({FIRST: SOURCE, "other.py": other.replace(FIRST.removesuffix(".py"), "other")}))
+    assert not list(rule({FIRST: SOURCE, "other.py": SOURCE.replace(FIRST.removesuffix(".py"), "other")}))
+
+
+def test_every_registered_tag_is_written_by_some_script():
+    assert [tag for tag in TAGS if not any(f'"{tag}"' in source for source in SOURCES.values())] == []
+
+
+def test_packages_that_are_not_named_come_with_one_that_is():
+    for module, package in MODULE_OF_A_DEPENDENCY.items():
+        names = " ".join(importlib.metadata.requires(package)).lower()
+        assert {"PIL": "pillow"}.get(module, module) in names
+
+
+def test_ci_runs_the_readme():
+    (command,) = re.findall(r"(?m)^.*-m pytest tests$", README)
+    assert command.startswith("python3 -m venv .venv && ")
