@@ -19,6 +19,7 @@ import termios
 import time
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_tags_and_values_of_a_run(reference):
 def test_checkpoint_holds_the_arguments(script, reference):
     args = importlib.import_module(script.stem).Args
     saved = args(**state(reference.run_dir)["args"])
-    assert saved.total_timesteps == 20000 and saved.capture_video and saved.resume == ""
+    assert saved.total_timesteps == 20000 and saved.capture_video and saved.resume is None
 
 
 def test_the_picture_opens_and_moves(reference):
@@ -172,6 +173,7 @@ def test_same_seed_same_weights_another_seed_others(bench, tiny, reference):
     assert {**ours, "charts/SPS": None} == {**theirs, "charts/SPS": None}
 
 
+@pytest.mark.slow
 def test_two_runs_that_begin_together_have_two_folders(bench):
     first, second = bench.start(*TINY[bench.script.stem].split()), bench.start(*TINY[bench.script.stem].split())
     assert first.wait(60) == second.wait(60) == 0
@@ -221,7 +223,12 @@ def kill_at(bench, arguments, checkpoints, pause):
     return run_dir
 
 
-@pytest.mark.parametrize("checkpoints", [1, 3, 6, "twice", "the end"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "checkpoints", [1, pytest.param(3, marks=SLOW), pytest.param(6, marks=SLOW), "twice", pytest.param("the end", marks=SLOW)]
+)
 def test_resume_after_a_kill_is_as_if_nothing_happened(bench, tiny, reference, checkpoints):
     pause = random.random() * 0.05
     print(f"killed {pause:.3f} s after checkpoint {checkpoints}")
@@ -257,6 +264,7 @@ def test_checkpoints_do_not_change_the_run(bench, tiny, reference):
     assert same(learned(run_dir), learned(reference.run_dir))
 
 
+@pytest.mark.slow
 def test_a_moved_folder_resumes(bench, tiny, reference):
     run_dir = kill_at(bench, tiny, 3, 0)
     moved = run_dir.rename(bench.folder / "moved")
@@ -290,6 +298,7 @@ def test_evaluate_repeats_the_result_and_changes_nothing(bench, reference):
     assert "over 2 episodes" in result.out
 
 
+@pytest.mark.slow
 def test_evaluate_with_a_picture(bench, reference):
     run_dir = shutil.copytree(reference.run_dir, bench.folder / "run")
     (run_dir / "episode.gif").unlink()
@@ -424,40 +433,59 @@ def test_an_observation_that_is_nan_stops_the_run(bench):
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments, word",
-    [
-        ("--env-id CartPoll-v1", "CartPole"),  # names the nearest
-        ("--env-id CartPole-v7", "v1"),
-        ("--env-id no_such_module:Env-v0", "no_such_module"),
-        ("--env-id nonsense", "nonsense"),
-        ("--seed -1", "--seed"),
-        ("--seed 18446744073709551616", "--seed"),
-        ("--seed one", "--seed"),
-        ("--total-timesteps 0", "--total-timesteps"),
-        ("--total-timesteps 1e5", "--total-timesteps"),
-        ("--checkpoint-frequency -5", "--checkpoint-frequency"),
-        ("--eval-episodes 0", "--eval-episodes"),
-        ("--learning-rate 0", "--learning-rate"),
-        ("--learning-rate -0.1", "--learning-rate"),
-        ("--learning-rate nan", "--learning-rate"),
-        ("--learning-rate inf", "--learning-rate"),
-        ("--gamma 1.5", "--gamma"),
-        ("--gamma nan", "--gamma"),
-        ("--device tpu", "--device"),
-        ("--no-such-flag 3", "--no-such-flag"),
-        ("--total-timestep 5", "--total-timesteps"),  # names the nearest
-        ("--seed", "--seed"),
-        ("stray", "stray"),
-        ("--resume a --evaluate b", "--evaluate"),
-        ("--resume nowhere", "nowhere"),
-        ("--evaluate nowhere", "nowhere"),
-        ("--exp-name", "--exp-name"),
-    ],
-)
-def test_bad_arguments_are_refused(bench, arguments, word):
-    is_refused(bench.run(*arguments.split()), word)
-    assert list(bench.folder.iterdir()) == [bench.script]
+BAD_ARGUMENTS = [
+    ("--env-id CartPoll-v1", "CartPole"),  # names the nearest
+    ("--env-id CartPole-v7", "v1"),
+    ("--env-id no_such_module:Env-v0", "no_such_module"),
+    ("--env-id nonsense", "nonsense"),
+    ("--seed -1", "--seed"),
+    ("--seed 18446744073709551616", "--seed"),
+    ("--seed one", "--seed"),
+    ("--total-timesteps 0", "--total-timesteps"),
+    ("--total-timesteps 1e5", "--total-timesteps"),
+    ("--checkpoint-frequency -5", "--checkpoint-frequency"),
+    ("--eval-episodes 0", "--eval-episodes"),
+    ("--learning-rate 0", "--learning-rate"),
+    ("--learning-rate -0.1", "--learning-rate"),
+    ("--learning-rate nan", "--learning-rate"),
+    ("--learning-rate inf", "--learning-rate"),
+    ("--gamma 1.5", "--gamma"),
+    ("--gamma nan", "--gamma"),
+    ("--device tpu", "--device"),
+    ("--no-such-flag 3", "--no-such-flag"),
+    ("--total-timestep 5", "--total-timesteps"),  # names the nearest
+    ("--seed", "--seed"),
+    ("stray", "stray"),
+    ("--resume a --evaluate b", "--evaluate"),
+    ("--resume nowhere", "nowhere"),
+    ("--resume=", "checkpoint.pt"),  # an empty variable of the shell
+    ("--evaluate=", "checkpoint.pt"),
+    ("--resume .", "checkpoint.pt"),
+    ("--seed 1.5", "--seed"),
+    ("--no-capture-video true", "true"),
+    ("--evaluate nowhere", "nowhere"),
+    ("--exp-name", "--exp-name"),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(script, tmp_path_factory):
+    """What a run with each of the bad arguments says, and the files it leaves; several at a time, as each takes long
+    to import torch."""
+
+    def refuse(arguments):
+        bench = Bench(script, tmp_path_factory.mktemp("refusal", numbered=True))
+        return bench.run(*arguments.split()), [path.name for path in bench.folder.iterdir()]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(dict(BAD_ARGUMENTS), pool.map(refuse, dict(BAD_ARGUMENTS))))
+
+
+@pytest.mark.parametrize("arguments, word", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(script, refusals, arguments, word):
+    result, files = refusals[arguments]
+    is_refused(result, word)
+    assert files == [script.name]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
@@ -473,13 +501,15 @@ def test_wrong_spaces_are_refused(script, bench):
 
 def test_a_missing_extra_is_named(bench):
     (bench.folder / "mujoco.py").write_text("raise ImportError('hidden by the test')")
+    (bench.folder / "pygame.py").write_text("raise ImportError('hidden by the test')")
     is_refused(bench.run("--env-id", "HalfCheetah-v5"), "gymnasium[mujoco]")
+    is_refused(bench.run("--env-id", "CartPole-v1", "--capture-video"), "gymnasium[classic-control]")
 
 
 @pytest.mark.parametrize("place", ["a_file", "a_file/runs", "x" * 300, "/proc/runs"])
 def test_an_unwritable_runs_folder_is_refused(bench, place):
     (bench.folder / "a_file").write_text("mine")
-    is_refused(bench.run("--runs-dir", place), "run folder")
+    is_refused(bench.run("--runs-dir", place), place)
     assert (bench.folder / "a_file").read_text() == "mine"
 
 
@@ -506,6 +536,7 @@ def foreign_checkpoints(reference):
         file.unlink()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_none_of_ours_is_refused(bench, reference):
     for name, content in foreign_checkpoints(reference):
         run_dir = bench.folder / name.replace(" ", "_")
@@ -517,7 +548,7 @@ def test_a_checkpoint_that_is_none_of_ours_is_refused(bench, reference):
         assert fingerprint(bench.folder) == before, name
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@pytest.mark.parametrize("flag", ["--resume", pytest.param("--evaluate", marks=SLOW)])
 def test_what_a_run_is_cannot_be_changed(bench, reference, flag):
     run_dir = shutil.copytree(reference.run_dir, bench.folder / "run")
     before = fingerprint(bench.folder)

@@ -1,0 +1,112 @@
+"""Runs a script over many seeds, one process per core, and records every learning curve and final evaluation.
+
+    python tests/benchmarks/learn.py reinforce_cartpole --seeds 1-20
+    python tests/benchmarks/learn.py reinforce_cartpole --seeds 1-20 --env-id Acrobot-v1 --total-timesteps 400000
+
+Flags that this file does not know go to the script. Finished seeds are kept in runs/, so that a call that was stopped
+goes on where it was: give the same command again. The record is results/<script>__<env-id>.csv beside this file: what was run,
+where and on which versions, in comment lines at its head; then one row for each point (seed, step, return; the
+training return is the mean over 50 equal parts of the run), and one row "eval" per seed, at the final step.
+"""
+
+import argparse
+import csv
+import platform
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = HERE.parent.parent / "cleanrl_style"
+POINTS = 50
+
+
+def seeds(text: str) -> list[int]:
+    first, _, last = text.partition("-")
+    return list(range(int(first), int(last or first) + 1))
+
+
+def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, float]:
+    """Trains one seed, or goes on with it; returns its folder and the wall time in seconds, start-up included."""
+    runs_dir = runs / str(seed)
+    done = runs_dir / "wall_time"
+    if done.exists():
+        run_dir, wall = done.read_text().split("\n")
+        return Path(run_dir), float(wall)
+    begun = sorted(runs_dir.glob("*/checkpoint.pt"))
+    flags = ["--resume", str(begun[-1].parent)] if begun else [*flags, "--seed", str(seed), "--runs-dir", str(runs_dir)]
+    start = time.perf_counter()
+    process = subprocess.run([sys.executable, SCRIPTS / f"{script}.py", *flags], capture_output=True, text=True)
+    wall = time.perf_counter() - start
+    assert process.returncode == 0, process.stderr
+    run_dir = process.stdout.splitlines()[-1]
+    done.write_text(f"{run_dir}\n{wall if not begun else float('nan')}")
+    print(f"seed {seed}: {wall:.1f} s, {process.stdout.splitlines()[-2]}", flush=True)
+    return Path(run_dir), wall
+
+
+def curve(run_dir: Path) -> tuple[list[tuple[int, float]], tuple[int, float]]:
+    """The training returns in POINTS equal parts of the run, and the evaluation: (step, return) each."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    training = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
+    evaluation = events.Scalars("eval/episodic_return")[-1]
+    edges = np.linspace(0, evaluation.step, POINTS + 1)
+    points = []
+    for low, high in zip(edges, edges[1:]):
+        values = [value for step, value in training if low < step <= high]
+        if values:
+            points.append((round(high), float(np.mean(values))))
+    return points, (evaluation.step, evaluation.value)
+
+
+def machine() -> str:
+    model = "unknown processor"
+    if Path("/proc/cpuinfo").exists():
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return f"{model}, {platform.system()}, one core per run, two runs at a time"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("script", help="its file name without .py")
+    parser.add_argument("--seeds", type=seeds, default=seeds("1-20"), help="first-last")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--name", default="", help="of the record, if not the environment's id")
+    ours, flags = parser.parse_known_args()
+    source = (SCRIPTS / f"{ours.script}.py").read_text()
+    env_id = dict(zip(flags, flags[1:])).get("--env-id") or re.search(r'env_id: str = "(.*?)"', source)[1]
+    name = f"{ours.script}__{ours.name or env_id.replace('/', '-')}"
+    runs = Path("runs") / "learn" / name
+    with ThreadPoolExecutor(ours.jobs) as pool:
+        results = list(pool.map(lambda seed: run(ours.script, flags, seed, runs), ours.seeds))
+    walls = [wall for _, wall in results]
+    head = {
+        "command": " ".join(["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed SEED"]),
+        "seeds": f"{ours.seeds[0]}-{ours.seeds[-1]}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": f"Python {platform.python_version()}, "
+        + ", ".join(f"{package} {version(package)}" for package in ("torch", "gymnasium", "numpy")),
+        "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, from start-up to evaluation",
+    }
+    (HERE / "results").mkdir(exist_ok=True)
+    with open(HERE / "results" / f"{name}.csv", "w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["seed", "step", "return", "kind"])
+        for seed, (run_dir, _) in zip(ours.seeds, results):
+            points, (step, value) = curve(run_dir)
+            rows.writerows([seed, s, f"{v:.6g}", "train"] for s, v in points)
+            rows.writerow([seed, step, f"{value:.6g}", "eval"])
+    print(HERE / "results" / f"{name}.csv")
+
+
+if __name__ == "__main__":
+    main()
