@@ -8,25 +8,26 @@
 
 Paper    Williams (1992), "Simple statistical gradient-following algorithms for connectionist reinforcement
          learning". Equation numbers are those of Sutton and Barto (2018), "Reinforcement Learning", 2nd edition.
-Idea     Play whole episodes with the current policy. Then make every action more likely if more reward than usual
-         came after it, and less likely if less. No value function, no model, no memory: only what happened.
+Idea     Play whole episodes with the current policy pi(a|s). Then make each action more likely, the more so the more
+         reward came after it; compared with a baseline, also less likely if less came than usual. J, the expected
+         return of an episode, has that as its gradient. No value function, no model, no replay buffer.
 
-             G_t    = r_t + gamma * G_{t+1}                                  the return of step t (3.9)
-             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]          the policy gradient (13.8, 13.11)
+             G_t    = r_t + gamma * G_{t+1}                           the return from step t on (3.9)
+             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient (13.8, 13.11)
 
-Differs  One gradient step, by Adam, learns from several episodes. Its baseline b_t is their mean return at the
-         same step t, and the differences are scaled to deviation 1. The factor gamma^t of the book's algorithm is
-         left out, as nearly everybody does. A time limit counts as an end, since nothing here estimates what
-         would have followed: the agent learns to do well within the limit.
-Shapes   N episodes of an update; T steps of an episode; B steps of all N; O numbers of an observation; A actions.
-         Row t of every list and tensor is the step from t to t+1.
+Differs  Adam takes one step for several episodes together. The baseline b_t is their mean return from the same step t
+         on, and the differences are scaled to deviation 1. The factor gamma^t of the book's algorithm is left out, as
+         nearly everybody does. A time limit counts as an end, since nothing here estimates what would have followed:
+         the agent learns to do well within the limit.
+Shapes   N episodes of an update; T steps of an episode; B steps of all N episodes together; O numbers of an
+         observation; A actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
 Run      python reinforce_cartpole.py
          python reinforce_cartpole.py --env-id Acrobot-v1 --total-timesteps 400000
-         The textbook's form: --episodes-per-update 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
+         Closest to the textbook: --episodes-per-update 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 20 (worst to best seed), and wall time on
          one core of a Xeon, start-up and evaluation included:
              CartPole-v1                   498.2 (489.1 to 500.0)   100k steps, about 50 updates,  6 s
-             CartPole-v1, textbook's form  448.3 (206.1 to 500.0)   100k steps,                   14 s
+             CartPole-v1, as the textbook  448.3 (206.1 to 500.0)   100k steps,                   14 s
              Acrobot-v1                    -83.4 (-91.8 to -78.0)   400k steps,                   30 s
 """
 
@@ -51,14 +52,14 @@ from tqdm import tqdm
 
 SCRIPT = "reinforce_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # of an animated picture
+MAX_FRAMES = 1_000  # that are drawn for an animated picture
 
 
 @dataclass(frozen=True)
 class Args:
     env_id: str = "CartPole-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
     seed: int = 1  # of the network, the actions and the environments
-    total_timesteps: int = 100_000  # environment steps to train for
+    total_timesteps: int = 100_000  # environment steps to train for, up to the end of an update
 
     learning_rate: float = 1e-2  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 at the end of the run
@@ -68,7 +69,7 @@ class Args:
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: what is fastest for this script's network
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
     resume: str | None = None  # RUN_DIR: go on with this run from its last checkpoint
     evaluate: str | None = None  # RUN_DIR: play this run's policy, do not train
@@ -87,8 +88,16 @@ class Args:
             raise ValueError(f"--learning-rate must be a positive number, not {self.learning_rate}")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"--gamma must be between 0 and 1, not {self.gamma}")
+        if self.normalize_returns and self.episodes_per_update == 1:
+            raise ValueError("--episodes-per-update 1 leaves nothing to compare with: add --no-normalize-returns")
         if self.resume is not None and self.evaluate is not None:
             raise ValueError("--resume and --evaluate exclude each other")
+
+
+# The arguments that have no part in what is learned.
+HOUSEKEEPING = {
+    "exp_name", "runs_dir", "device", "checkpoint_frequency", "resume", "evaluate", "eval_episodes", "capture_video",
+}  # fmt: skip
 
 
 # ---- Environment and network ----------------------------------------------------------------------------------------
@@ -135,7 +144,7 @@ class Policy(nn.Module):
 
 
 class Episode(NamedTuple):
-    """One whole episode. Row t of each of its T rows:"""
+    """One whole episode of T steps. Entry t of each list:"""
 
     obs: list[np.ndarray]  # what the policy saw, (O,)
     actions: list[int]  # what it did then
@@ -148,9 +157,9 @@ def play_episodes(
 ) -> list[Episode]:
     """Plays one episode for each seed, side by side, so that one forward pass acts for all that still run.
 
-    Environments that have ended wait for the others. Were they to begin new episodes until enough have ended, short
-    episodes would be over-represented. The greedy policy takes the most probable action, the other one samples.
-    If there is a list for frames, the first episode is drawn into it.
+    Environments that have ended wait for the others. If they began new episodes until enough had ended, short episodes
+    would be over-represented. The greedy policy takes the most probable action; otherwise actions are sampled. If
+    there is a list for frames, the first episode is drawn into it.
     """
     first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always from 0
     device = next(policy.parameters()).device
@@ -183,7 +192,7 @@ TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, update) for
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped, and no two streams have one in common.
+    So a resumed run plays the same episodes as one that never stopped, and streams have practically none in common.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -202,24 +211,24 @@ def discounted_returns(rewards: list[float], gamma: float) -> Tensor:
 def normalize_returns(returns: list[Tensor]) -> Tensor:
     """(G_t - b_t) / deviation, with b_t the mean of G_t over the n episodes that reached step t: N of (T,) -> (B,).
 
-    A baseline that a_t has no influence on takes noise from the gradient and leaves its expectation (13.10). Here
-    G_t itself is 1/n of b_t, which scales what step t teaches by 1 - 1/n: nothing, where one episode alone got so far.
-    This b_t knows how much there is left to earn, so that the last steps are not bad for being the last; and where all
-    episodes went alike, nothing is learned.
+    A baseline that a_t cannot influence takes noise from the gradient and leaves its expectation (13.10). Ours has G_t
+    itself in it, as 1/n of the mean, so that step t's part of the gradient is 1 - 1/n as long: nothing where only one
+    episode got so far. It reflects how much is usually left to earn at step t, so that the last steps are not bad for
+    being the last; and where all episodes went alike, nothing is learned.
     """
     lengths = torch.tensor([len(episode) for episode in returns])
     padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
     reached = torch.arange(padded.shape[1]) < lengths[:, None]  # (N, longest T), False after an episode's end
-    padded = (padded - padded[lengths.argmax()]) * reached  # else rounding errors of equal returns get scaled up
+    padded = (padded - padded[lengths.argmax()]) * reached  # equal returns: exactly 0, not rounding errors scaled up
     baseline = padded.sum(0) / reached.sum(0)  # (longest T,)
     differences = (padded - baseline)[reached]  # (B,), episode after episode
     return differences / (differences.std(correction=0) + 1e-8)
 
 
 def policy_loss(log_probs: Tensor, returns: Tensor, num_episodes: int) -> Tensor:
-    """-1/N sum_t G_t * log pi(a_t|s_t) over the B steps of N episodes, two of (B,) -> a number.
+    """-1/N sum_t G_t * log pi(a_t|s_t) over the steps of N episodes: (B,), (B,) -> scalar, or G_t - b_t for G_t.
 
-    Its gradient is minus the policy gradient (13.8); the number itself means little.
+    Its gradient estimates -grad J (13.8), per episode as J is. The number itself says little.
     """
     return -(returns * log_probs).sum() / num_episodes
 
@@ -267,7 +276,7 @@ def train(args: Args) -> Path:
         states = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
         save_checkpoint(run_dir, {"script": SCRIPT, "args": settings} | counters | states)
 
-    save()
+    save()  # from here on there is something to resume
     first_step, start_time = global_step, time.perf_counter()
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="steps", unit_scale=True,
                mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
@@ -311,11 +320,12 @@ def train(args: Args) -> Path:
     save()
 
     mean_return, mean_length = evaluate(args, envs, policy, run_dir)
-    writer.add_scalar("eval/episodic_length", mean_length, global_step)
+    writer.add_scalar("eval/episodic_length", mean_length, global_step)  # add_hparams adds eval/episodic_return
     if args.capture_video:  # add_image would show a still picture
         image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), global_step)
-    writer.add_hparams(settings, {"eval/episodic_return": mean_return}, run_name=".", global_step=global_step)
+    compared = {name: value for name, value in settings.items() if name not in HOUSEKEEPING}
+    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=global_step)
     writer.close()
     print(run_dir)
     return run_dir
@@ -332,10 +342,10 @@ def evaluate(args: Args, envs: list[gym.Env], policy: Policy, run_dir: Path) -> 
     print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
     if frames:
         fps = envs[0].metadata.get("render_fps") or 30
+        path, milliseconds = run_dir / "episode.gif", 2 * 1000 / fps  # of every second frame, to halve the file
         pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames[::2]]
-        first, *others = pictures  # every second frame, so twice the time for each
-        first.save(run_dir / "episode.gif", save_all=True, append_images=others, duration=2000 / fps, loop=0)
-        print(f"Animated picture: {run_dir / 'episode.gif'}")
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+        print(f"Animated picture: {path}")
     return float(np.mean(returns)), float(np.mean([len(episode.rewards) for episode in episodes]))
 
 
@@ -349,7 +359,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto is the CPU: to call a GPU takes longer than so small a network takes to compute."""
+    """auto is the CPU: calling a GPU takes longer than computing so small a network."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(name, True):
         fail(f"--device {name}: PyTorch finds no such device on this machine")
@@ -401,7 +411,7 @@ def parse_args() -> Args:
         return args
     saved = replace(load_checkpoint(run_dir)["args"], resume=args.resume, evaluate=args.evaluate)
     args = tyro.cli(Args, default=saved)
-    changeable = {"total_timesteps", "device", "checkpoint_frequency", "eval_episodes", "capture_video"}
+    changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
     if args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
     for name, value in asdict(saved).items():
@@ -426,7 +436,7 @@ def main() -> None:
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; --resume and the run's folder go on from its last checkpoint", code=130)
+        fail("interrupted; a training goes on from its last checkpoint with --resume RUN_DIR", code=130)
 
 
 if __name__ == "__main__":

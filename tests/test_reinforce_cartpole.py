@@ -315,3 +315,11 @@ def test_an_environment_without_a_time_limit_gets_one(monkeypatch):
     envs = script.make_envs(script.Args(env_id="Endless-v0", episodes_per_update=2))
     episodes = script.play_episodes(envs, Uniform(), [1, 2])
     assert [len(episode.rewards) for episode in episodes] == [30, 30]
+
+
+@pytest.mark.parametrize("settings", [{"episodes_per_update": 0}, {"episodes_per_update": 1}, {"gamma": -0.1}])
+def test_impossible_settings_are_refused(settings):
+    """One episode is its own baseline: it would learn nothing for ever, and say nothing about it."""
+    with pytest.raises(ValueError, match="--" + next(iter(settings)).replace("_", "-")):
+        script.Args(**settings)
+    script.Args(episodes_per_update=1, normalize_returns=False)
