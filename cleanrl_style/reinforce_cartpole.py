@@ -13,12 +13,12 @@ Idea     Play whole episodes with the current policy pi(a|s). Then make each act
          return of an episode, has that as its gradient. No value function, no model, no replay buffer.
 
              G_t    = r_t + gamma * G_{t+1}                           the return from step t on (3.9)
-             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient (13.8, 13.11)
+             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient (13.5, 13.10)
 
 Differs  Adam takes one step for several episodes together. The baseline b_t is their mean return from the same step t
          on, and the differences are scaled to deviation 1. The factor gamma^t of the book's algorithm is left out, as
-         nearly everybody does. A time limit counts as an end, since nothing here estimates what would have followed:
-         the agent learns to do well within the limit.
+         nearly everybody does; the gradient is then that of J for gamma = 1 only. A time limit counts as an end, since
+         nothing here estimates what would have followed: the agent learns to do well within the limit.
 Shapes   N episodes of an update; T steps of an episode; B steps of all N episodes together; O numbers of an
          observation; A actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
 Run      python reinforce_cartpole.py
@@ -36,7 +36,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -53,6 +53,7 @@ from tqdm import tqdm
 SCRIPT = "reinforce_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 MAX_FRAMES = 1_000  # that are drawn for an animated picture
+RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps to train for, up to the end of an update
 
     learning_rate: float = 1e-2  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly to 0 at the end of the run
+    anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
     gamma: float = 0.99  # discount factor
     episodes_per_update: int = 8  # whole episodes in one gradient step (N)
     normalize_returns: bool = True  # subtract the baseline from the returns and scale them to deviation 1
@@ -71,12 +72,15 @@ class Args:
     runs_dir: str = "runs"  # where run folders are made
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
-    resume: str | None = None  # RUN_DIR: go on with this run from its last checkpoint
-    evaluate: str | None = None  # RUN_DIR: play this run's policy, do not train
+    resume: RunDir = None  # go on with this run from its last checkpoint
+    evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 100  # episodes that the greedy policy plays after training
     capture_video: bool = False  # save the first evaluation episode as an animated picture
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) not in (str, int, float, bool, type(None)):  # a checkpoint could not be read again
+                raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
         for name in ("total_timesteps", "episodes_per_update", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -111,11 +115,13 @@ def make_envs(args: Args) -> list[gym.Env]:
         if args.capture_video:
             if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
                 fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # drawing needs no screen
+            os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
             envs[0] = gym.make(args.env_id, render_mode="rgb_array")
             envs[0].reset()
-            envs[0].render()  # if what it draws with is missing, better to hear it before the training
-    except (gym.error.Error, ImportError) as error:
+            frame = envs[0].render()  # now: what is missing for drawing should not come to light after the training
+            if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
+                fail(f"--capture-video: {args.env_id} does not draw arrays (H, W, 3) of uint8")
+    except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"cannot make the environment {args.env_id!r}: {error}")
     obs_space, action_space = envs[0].observation_space, envs[0].action_space
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
@@ -192,7 +198,8 @@ TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, update) for
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped, and streams have practically none in common.
+    So a resumed run plays the same episodes as one that never stopped. Two streams share an episode only by chance, as
+    there are 2**32 of them.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -211,10 +218,11 @@ def discounted_returns(rewards: list[float], gamma: float) -> Tensor:
 def normalize_returns(returns: list[Tensor]) -> Tensor:
     """(G_t - b_t) / deviation, with b_t the mean of G_t over the n episodes that reached step t: N of (T,) -> (B,).
 
-    A baseline that a_t cannot influence takes noise from the gradient and leaves its expectation (13.10). Ours has G_t
-    itself in it, as 1/n of the mean, so that step t's part of the gradient is 1 - 1/n as long: nothing where only one
-    episode got so far. It reflects how much is usually left to earn at step t, so that the last steps are not bad for
-    being the last; and where all episodes went alike, nothing is learned.
+    A baseline that a_t cannot influence can take noise from the gradient and leaves its expectation (13.10). G_t itself
+    has the weight 1/n in ours, so that step t's part of the gradient is 1 - 1/n as long: nothing where only one episode
+    got so far. It reflects how much is usually left to earn at step t, so that the last steps are not bad for being the
+    last; where all episodes went alike, the gradient is 0. Dividing by the deviation makes the step independent of the
+    unit of the rewards. As it depends on the actions, it also biases: rare, large returns count for less.
     """
     lengths = torch.tensor([len(episode) for episode in returns])
     padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
@@ -228,7 +236,8 @@ def normalize_returns(returns: list[Tensor]) -> Tensor:
 def policy_loss(log_probs: Tensor, returns: Tensor, num_episodes: int) -> Tensor:
     """-1/N sum_t G_t * log pi(a_t|s_t) over the steps of N episodes: (B,), (B,) -> scalar, or G_t - b_t for G_t.
 
-    Its gradient estimates -grad J (13.8), per episode as J is. The number itself says little.
+    A step down its gradient is the update (13.8), with a baseline (13.11), averaged over N episodes. The number itself
+    says little.
     """
     return -(returns * log_probs).sum() / num_episodes
 
@@ -260,7 +269,7 @@ def train(args: Args) -> Path:
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     global_step = num_updates = 0
     if args.resume is not None:
-        state = load_checkpoint(args.resume, policy=policy, optimizer=optimizer)
+        state = load_checkpoint(args.resume, args, policy=policy, optimizer=optimizer)
         global_step, num_updates = state["global_step"], state["num_updates"]
         torch.set_rng_state(state["random_state"])
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
@@ -317,6 +326,8 @@ def train(args: Args) -> Path:
     except FloatingPointError as error:
         fail(f"step {global_step}: {error}. Are the environment's observations and rewards finite? If so, try a "
              f"lower --learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+    except KeyboardInterrupt:
+        fail(f"interrupted at step {global_step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
     save()
 
     mean_return, mean_length = evaluate(args, envs, policy, run_dir)
@@ -373,8 +384,10 @@ def make_run_dir(args: Args) -> Path:
     try:
         run_dir.mkdir(parents=True)
         return run_dir
-    except FileExistsError:  # another run began in this second
-        time.sleep(1)
+    except FileExistsError:
+        if not run_dir.is_dir():
+            raise
+        time.sleep(1)  # another run began in this second
         return make_run_dir(args)
 
 
@@ -387,48 +400,55 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir: str, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads a run's checkpoint and puts the states of the given parts, such as policy=policy, into them."""
+def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads a run's checkpoint, compares its arguments with args, and fills the parts, such as policy=policy."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
-        fail(f"there is no checkpoint.pt in {run_dir!r}")
+        fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
         if not isinstance(state, dict) or state.get("script") != SCRIPT:
             fail(f"{path} is not a checkpoint of {SCRIPT}.py")
+        state["args"] = Args(**state["args"])
+        if args is not None:
+            refuse_changes(args, state["args"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return state | {"args": Args(**state["args"])}
+        return state
     except Exception as error:  # a cut or foreign file fails in a dozen ways
         fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
 
 
-def parse_args() -> Args:
-    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
-    args = tyro.cli(Args, description=__doc__.splitlines()[0])
-    run_dir = args.evaluate if args.resume is None else args.resume
-    if run_dir is None:
-        return args
-    saved = replace(load_checkpoint(run_dir)["args"], resume=args.resume, evaluate=args.evaluate)
-    args = tyro.cli(Args, default=saved)
+def refuse_changes(args: Args, saved: Args) -> None:
+    """A run that goes on, or whose policy is played, must be the one that was started, in all that it learns from."""
     changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
-    if args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
-    return args
+    if args.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+
+
+def parse_args() -> Args:
+    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    args = tyro.cli(Args, description=(__doc__ or SCRIPT).splitlines()[0])
+    run_dir = args.evaluate if args.resume is None else args.resume
+    if run_dir is None:
+        return args
+    saved = load_checkpoint(run_dir)["args"]
+    return tyro.cli(Args, default=replace(saved, resume=args.resume, evaluate=args.evaluate))
 
 
 def main() -> None:
-    args = parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
     try:
+        args = parse_args()
         if args.evaluate is None:
             train(args)
         else:
             envs = make_envs(args)
             policy = Policy(envs[0].observation_space.shape[0], int(envs[0].action_space.n))
-            load_checkpoint(args.evaluate, policy=policy)
+            load_checkpoint(args.evaluate, args, policy=policy)
             evaluate(args, envs, policy.to(pick_device(args.device)), Path(args.evaluate))
             print(args.evaluate)
     except FloatingPointError as error:
@@ -436,7 +456,7 @@ def main() -> None:
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; a training goes on from its last checkpoint with --resume RUN_DIR", code=130)
+        fail("interrupted", code=130)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ import time
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, Bench
@@ -30,7 +32,9 @@ from test_conventions import TAGS
 
 # A run of each script of about a second, with several checkpoints and updates.
 TINY = {
-    "reinforce_cartpole": "--total-timesteps 20000 --checkpoint-frequency 1000 --episodes-per-update 4 --eval-episodes 6",
+    "reinforce_cartpole": (
+        "--total-timesteps 20000 --checkpoint-frequency 1000 --eval-episodes 6 --episodes-per-update 4"
+    ),
 }
 # Gymnasium environments whose spaces the script cannot handle.
 WRONG_SPACES = {
@@ -185,7 +189,8 @@ def test_the_bar_moves_in_a_terminal(bench, tiny):
     """A pseudo-terminal stands for the user's: the bar is drawn again and again over itself."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen(bench.command(*tiny), cwd=bench.folder, env=bench.environment, stdout=slave, stderr=slave)
+    command, terminal = bench.command(*tiny), {"stdout": slave, "stderr": slave}
+    process = subprocess.Popen(command, cwd=bench.folder, env=bench.environment, **terminal)
     os.close(slave)
     output = b""
     try:
@@ -197,6 +202,11 @@ def test_the_bar_moves_in_a_terminal(bench, tiny):
     percents = [int(found) for found in re.findall(r"\r *(\d+)%\|", output.decode())]
     assert len(set(percents)) >= 3 and percents == sorted(percents) and percents[-1] == 100
     assert all(word in output.decode() for word in ("steps/s", "<", "return"))  # speed, time left, return
+
+
+def test_a_terminal_without_unicode_is_no_reason_to_end(bench, tiny):
+    bench.environment |= {"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}  # the latter strips docstrings
+    assert "Evaluation: return" in bench.run(*tiny).out
 
 
 def test_a_bar_in_a_log_file_is_short(reference):
@@ -227,7 +237,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "checkpoints", [1, pytest.param(3, marks=SLOW), pytest.param(6, marks=SLOW), "twice", pytest.param("the end", marks=SLOW)]
+    "checkpoints",
+    [1, pytest.param(3, marks=SLOW), pytest.param(6, marks=SLOW), "twice", pytest.param("the end", marks=SLOW)],
 )
 def test_resume_after_a_kill_is_as_if_nothing_happened(bench, tiny, reference, checkpoints):
     pause = random.random() * 0.05
@@ -279,8 +290,25 @@ def test_ctrl_c_says_how_to_go_on(bench, tiny):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert f"--resume {run_dir.relative_to(bench.folder)}" in err.splitlines()[-1] and "Traceback" not in err
     assert state(run_dir)["global_step"] > 0
+
+
+def test_python_cannot_change_what_a_run_is_either(script, reference, tmp_path, capsys):
+    module = importlib.import_module(script.stem)
+    run_dir = shutil.copytree(reference.run_dir, tmp_path / "run")
+    before = fingerprint(run_dir)
+    with pytest.raises(SystemExit):
+        module.train(dataclasses.replace(module.Args(**state(run_dir)["args"]), seed=7, resume=str(run_dir)))
+    assert "--seed" in capsys.readouterr().err and fingerprint(run_dir) == before
+
+
+def test_python_must_give_plain_values(script):
+    """A checkpoint with a numpy number or a Path in it could not be read again with weights_only."""
+    module = importlib.import_module(script.stem)
+    for settings in ({"seed": np.int64(3)}, {"learning_rate": np.float64(0.1)}, {"runs_dir": Path("runs")}):
+        with pytest.raises(ValueError, match="plain"):
+            module.Args(**settings)
 
 
 # ---- Evaluating -----------------------------------------------------------------------------------------------------
@@ -463,6 +491,8 @@ BAD_ARGUMENTS = [
     ("--resume .", "checkpoint.pt"),
     ("--seed 1.5", "--seed"),
     ("--no-capture-video true", "true"),
+    ("--env-id :", ":"),
+    ("--env-id a:b:c", "a:b:c"),
     ("--evaluate nowhere", "nowhere"),
     ("--exp-name", "--exp-name"),
 ]
@@ -506,10 +536,11 @@ def test_a_missing_extra_is_named(bench):
     is_refused(bench.run("--env-id", "CartPole-v1", "--capture-video"), "gymnasium[classic-control]")
 
 
-@pytest.mark.parametrize("place", ["a_file", "a_file/runs", "x" * 300, "/proc/runs"])
+@pytest.mark.parametrize("place", ["a_file", "a_file/runs", "x" * 300, "/proc/runs", "dangling", "dangling/runs"])
 def test_an_unwritable_runs_folder_is_refused(bench, place):
     (bench.folder / "a_file").write_text("mine")
-    is_refused(bench.run("--runs-dir", place), place)
+    (bench.folder / "dangling").symlink_to("a_disk_that_is_not_mounted")
+    is_refused(bench.run("--runs-dir", place), place.split("/")[0] or "/proc")
     assert (bench.folder / "a_file").read_text() == "mine"
 
 

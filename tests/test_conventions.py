@@ -1,4 +1,4 @@
-"""What every script must look like, read from its source: since the files share no code, these tests hold them together.
+"""What every script must look like, read from its source. As the files share no code, these tests hold them together.
 
 Each rule is a function over {file name: source} that yields complaints. It is applied to the scripts, and to a
 broken copy of one, where it must complain: a rule that cannot fail holds nothing.

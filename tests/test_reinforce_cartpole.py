@@ -1,5 +1,6 @@
 """The mathematics of reinforce_cartpole.py, against closed forms, brute force and hand-made tables."""
 
+import copy
 import itertools
 import math
 
@@ -69,15 +70,22 @@ def test_nothing_is_learned_where_all_episodes_went_alike(episodes):
     assert torch.equal(script.normalize_returns([alike.clone() for _ in range(episodes)]), torch.zeros(500 * episodes))
 
 
+def test_where_the_others_agree_a_shorter_episode_changes_nothing():
+    alike = script.discounted_returns([-1.1] * 500, 0.99)
+    result = script.normalize_returns([alike[:1].clone(), alike.clone(), alike.clone(), alike.clone()])
+    assert torch.equal(result, torch.zeros(1501))
+
+
 def test_one_step_alone_is_no_nan():
     assert script.normalize_returns([torch.tensor([5.0])]).tolist() == [0.0]
 
 
-def test_normalized_returns_do_not_depend_on_unit_and_zero_of_the_reward():
+def test_normalized_returns_do_not_depend_on_unit_and_zero_of_the_returns():
     generator = torch.Generator().manual_seed(1)
     returns = [torch.randn(length, generator=generator) for length in (4, 6, 6)]
     scaled = [100 * episode + 7 for episode in returns]
-    torch.testing.assert_close(script.normalize_returns(scaled), script.normalize_returns(returns), rtol=1e-4, atol=1e-4)
+    expected = script.normalize_returns(returns)
+    torch.testing.assert_close(script.normalize_returns(scaled), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- policy_loss and update -----------------------------------------------------------------------------------------
@@ -131,8 +139,26 @@ def test_gradient_is_that_of_the_expected_return(gamma):
     torch.testing.assert_close(-gradient, expected)
 
 
+def test_gradient_where_an_action_has_consequences():
+    """State 0: action 1 ends the episode with 0.6, action 0 leads to state 1, whose actions pay 1 and -0.5. By hand:
+    gamma discounts what state 0 learns of the later reward, but not, as gamma^t is left out, what state 1 learns."""
+    theta = torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=torch.float64, requires_grad=True)
+    (p, _), (q, _) = theta.softmax(-1)
+    loss = 0.0
+    for probability, states, actions, rewards in (
+        (1 - p, [0], [1], [0.6]), (p * q, [0, 1], [0, 0], [0.0, 1.0]), (p * (1 - q), [0, 1], [0, 1], [0.0, -0.5]),
+    ):  # fmt: skip
+        returns = script.discounted_returns(rewards, 0.5).double()
+        log_probs = theta.log_softmax(-1)[states, actions]
+        loss = loss + probability.detach() * script.policy_loss(log_probs, returns, num_episodes=1)
+    value = q * 1.0 + (1 - q) * -0.5  # of state 1
+    by_hand = p * 0.5 * value.detach() + (1 - p) * 0.6 + p.detach() * value
+    torch.testing.assert_close(torch.autograd.grad(-loss, theta), torch.autograd.grad(by_hand, theta))
+
+
 def test_loss_treats_each_episode_apart():
-    """Two episodes together are the mean of the two alone: no return runs over from one into the other."""
+    """Two episodes together are the mean of the two alone. That the training loop keeps their returns apart as well,
+    test_the_loop_hands_on_what_was_played checks."""
     episodes = [([1.0, 2.0, 3.0], [0, 1, 2]), ([-5.0, 4.0], [2, 2])]
     gradients = []
     for chosen in (episodes[:1], episodes[1:], episodes):
@@ -155,6 +181,23 @@ def test_update_takes_one_step_down_the_gradient():
     torch.testing.assert_close(bandit.theta.detach(), torch.tensor([-0.2, 0.4, -0.2], dtype=torch.float64))
     assert metrics["losses/policy_loss"].item() == pytest.approx(6 * math.log(3))
     assert metrics["losses/entropy"].item() == pytest.approx(math.log(3))
+
+
+def test_updates_share_no_gradient():
+    bandit = Bandit([0.0, 0.0, 0.0])
+    optimizer = torch.optim.SGD(bandit.parameters(), lr=0.1)
+    metrics = script.update(bandit, optimizer, torch.zeros(2, 1), torch.tensor([1, 1]), torch.tensor([6.0, 6.0]), 1)
+    assert metrics["losses/entropy"].item() == pytest.approx(math.log(3))  # a mean over the steps
+    after = bandit.theta.detach().clone()
+    script.update(bandit, optimizer, torch.zeros(2, 1), torch.tensor([1, 1]), torch.zeros(2), 1)
+    assert torch.equal(bandit.theta.detach(), after)
+
+
+def test_update_stops_at_a_weight_that_is_not_finite():
+    bandit = Bandit([0.0, 0.0, 0.0])
+    optimizer = torch.optim.SGD(bandit.parameters(), lr=1e300)
+    with pytest.raises(FloatingPointError):
+        script.update(bandit, optimizer, torch.zeros(1, 1), torch.tensor([1]), torch.tensor([1e20]).double(), 1)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -233,6 +276,35 @@ def test_greedy_takes_the_best_action_and_sampling_follows_the_softmax():
     np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / 6000))  # 4 standard errors
 
 
+class Chosen(nn.Module):
+    """The most probable action is the observation's first number modulo 3: it differs between environments."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor(100.0))
+
+    def forward(self, obs):
+        return self.weights * nn.functional.one_hot(obs[:, 0].long() % 3, 3)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_every_environment_gets_its_own_action(greedy):
+    envs = [Scripted() for _ in range(3)]
+    for length, env, episode in zip([2, 4, 6], envs, script.play_episodes(envs, Chosen(), [2, 4, 6], greedy)):
+        assert env.seen == episode.actions == [length % 3] * length
+
+
+def test_the_first_policy_plays_all_actions_alike():
+    assert torch.equal(script.Policy(4, 3)(torch.randn(5, 4)), torch.zeros(5, 3))
+
+
+def test_evaluation_tells_the_return_from_the_length(tmp_path, monkeypatch):
+    """Always action 2, in episodes of 1, 2 and 4 steps: the returns are 2, 2 + 12 and 2 + 12 + 22 + 32."""
+    monkeypatch.setattr(script, "episode_seeds", lambda *_: [1, 2, 4])
+    result = script.evaluate(script.Args(eval_episodes=3), [Scripted(), Scripted()], Uniform(best=2), tmp_path)
+    assert result == pytest.approx(((2 + 14 + 68) / 3, 7 / 3))
+
+
 def test_acting_keeps_no_graph_and_leaves_no_gradient():
     policy = Uniform()
     script.play_episodes([Scripted()], policy, [5])
@@ -272,13 +344,70 @@ def train(tmp_path, capsys, **settings):
     """Runs in this process; returns the final weights in one vector and the scalars by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    few = dict(total_timesteps=1500, episodes_per_update=4, eval_episodes=2, runs_dir=str(tmp_path), checkpoint_frequency=0)
-    run_dir = script.train(script.Args(**few | settings))
+    few = dict(total_timesteps=1500, episodes_per_update=4, eval_episodes=2, checkpoint_frequency=0)
+    run_dir = script.train(script.Args(**few | settings, runs_dir=str(tmp_path)))
     capsys.readouterr()
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     return torch.cat([weights.flatten() for weights in state["policy"].values()]), scalars
+
+
+def recorded(monkeypatch, name, calls):
+    """Replaces a function of the script by one that does the same and notes its arguments and its result."""
+    function = getattr(script, name)
+
+    def spy(*arguments, **keywords):
+        note = {}
+        if name == "update":
+            note["rate"], note["optimizer"] = arguments[1].param_groups[0]["lr"], type(arguments[1])
+        result = function(*arguments, **keywords)
+        note |= {"arguments": arguments, "keywords": keywords, "result": copy.copy(result)}
+        calls.append(note)
+        return result
+
+    monkeypatch.setattr(script, name, spy)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_loop_hands_on_what_was_played(tmp_path, capsys, monkeypatch, normalize):
+    """Between the functions, too, nothing is shifted, mixed or repeated: what update gets and what is logged is
+    computed again, in plain loops, from the episodes that were played."""
+    plays, updates = [], []
+    recorded(monkeypatch, "play_episodes", plays)
+    recorded(monkeypatch, "update", updates)
+    _, scalars = train(tmp_path, capsys, seed=7, gamma=0.9, normalize_returns=normalize, eval_episodes=10)
+    training, evaluation = plays[: len(updates)], plays[len(updates) :]
+    step, returns_logged, lengths_logged = 0, [], []
+    for number, (play, update) in enumerate(zip(training, updates)):
+        episodes = play["result"]
+        assert play["arguments"][2] == script.episode_seeds(7, (script.TRAINING, number), 4)
+        assert not play["keywords"].get("greedy")
+        _, _, obs, actions, returns, num_episodes = update["arguments"]
+        assert update["optimizer"] is torch.optim.Adam and num_episodes == 4 and step < 1500
+        assert update["rate"] == pytest.approx(1e-2 * (1 - step / 1500))
+        assert obs.tolist() == [row.tolist() for episode in episodes for row in episode.obs]
+        assert actions.tolist() == [action for episode in episodes for action in episode.actions]
+        expected = [
+            [sum(0.9**k * reward for k, reward in enumerate(episode.rewards[t:])) for t in range(len(episode.rewards))]
+            for episode in episodes
+        ]
+        if normalize:
+            means = [np.mean([g[t] for g in expected if t < len(g)]) for t in range(max(map(len, expected)))]
+            expected = [[x - means[t] for t, x in enumerate(g)] for g in expected]
+        expected = np.concatenate(expected)
+        np.testing.assert_allclose(returns, expected / (expected.std() if normalize else 1), rtol=1e-4, atol=1e-4)
+        step += len(actions)
+        returns_logged.append(np.mean([sum(episode.rewards) for episode in episodes]))
+        lengths_logged.append(np.mean([len(episode.rewards) for episode in episodes]))
+    assert step >= 1500
+    assert scalars["charts/episodic_return"] == pytest.approx(returns_logged)
+    assert scalars["charts/episodic_length"] == pytest.approx(lengths_logged)
+    assert all(play["keywords"]["greedy"] for play in evaluation)
+    seeds = [seed for play in evaluation for seed in play["arguments"][2]]
+    assert seeds == script.episode_seeds(7, (script.EVALUATION,), 10)
+    returns = [sum(episode.rewards) for play in evaluation for episode in play["result"]]
+    assert scalars["eval/episodic_return"] == pytest.approx([np.mean(returns)])
 
 
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):

@@ -83,6 +83,10 @@ def main() -> None:
     source = (SCRIPTS / f"{ours.script}.py").read_text()
     env_id = dict(zip(flags, flags[1:])).get("--env-id") or re.search(r'env_id: str = "(.*?)"', source)[1]
     name = f"{ours.script}__{ours.name or env_id.replace('/', '-')}"
+    record = HERE / "results" / f"{name}.csv"
+    rows = record.read_text().splitlines() if record.exists() else []
+    if len({row.split(",")[0] for row in rows if row[0].isdigit()}) > len(ours.seeds):
+        parser.error(f"{record} has more seeds: remove it first, or give another --name")
     runs = Path("runs") / "learn" / name
     with ThreadPoolExecutor(ours.jobs) as pool:
         results = list(pool.map(lambda seed: run(ours.script, flags, seed, runs), ours.seeds))
@@ -97,7 +101,7 @@ def main() -> None:
         "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, from start-up to evaluation",
     }
     (HERE / "results").mkdir(exist_ok=True)
-    with open(HERE / "results" / f"{name}.csv", "w", newline="") as file:
+    with open(record, "w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in head.items())
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["seed", "step", "return", "kind"])
@@ -105,7 +109,7 @@ def main() -> None:
             points, (step, value) = curve(run_dir)
             rows.writerows([seed, s, f"{v:.6g}", "train"] for s, v in points)
             rows.writerow([seed, step, f"{value:.6g}", "eval"])
-    print(HERE / "results" / f"{name}.csv")
+    print(record)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Thin lines are seeds, the thick line is their mean, the band its 95% bootstrap interval over the seeds.
 """
 
+import argparse
 import csv
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def draw(file: str, panels: list) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for file, panels in PICTURES.items():
         draw(file, panels)
     for record in sorted(RESULTS.glob("*.csv")):
