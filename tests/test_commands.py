@@ -204,6 +204,7 @@ def test_the_bar_moves_in_a_terminal(bench, tiny):
     assert all(word in output.decode() for word in ("steps/s", "<", "return"))  # speed, time left, return
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode_is_no_reason_to_end(bench, tiny):
     bench.environment |= {"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}  # the latter strips docstrings
     assert "Evaluation: return" in bench.run(*tiny).out
@@ -536,7 +537,10 @@ def test_a_missing_extra_is_named(bench):
     is_refused(bench.run("--env-id", "CartPole-v1", "--capture-video"), "gymnasium[classic-control]")
 
 
-@pytest.mark.parametrize("place", ["a_file", "a_file/runs", "x" * 300, "/proc/runs", "dangling", "dangling/runs"])
+@pytest.mark.parametrize(
+    "place",
+    ["a_file", "dangling", *(pytest.param(p, marks=SLOW) for p in ("a_file/runs", "x" * 300, "/proc/runs", "dangling/runs"))],
+)
 def test_an_unwritable_runs_folder_is_refused(bench, place):
     (bench.folder / "a_file").write_text("mine")
     (bench.folder / "dangling").symlink_to("a_disk_that_is_not_mounted")
@@ -579,7 +583,8 @@ def test_a_checkpoint_that_is_none_of_ours_is_refused(bench, reference):
         assert fingerprint(bench.folder) == before, name
 
 
-@pytest.mark.parametrize("flag", ["--resume", pytest.param("--evaluate", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_what_a_run_is_cannot_be_changed(bench, reference, flag):
     run_dir = shutil.copytree(reference.run_dir, bench.folder / "run")
     before = fingerprint(bench.folder)

@@ -67,7 +67,7 @@ gym.register("TwoStates-v0", entry_point=TwoStates)
 """
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_reinforce_finds_the_delayed_reward_of_two_states(reinforce, seed):
     (reinforce.folder / "two_states.py").write_text(TWO_STATES)
     flags = ["--env-id", "two_states:TwoStates-v0", "--total-timesteps", 10_000, "--eval-episodes", 1, "--seed", seed]

@@ -66,11 +66,10 @@ def curve(run_dir: Path) -> tuple[list[tuple[int, float]], tuple[int, float]]:
     return points, (evaluation.step, evaluation.value)
 
 
-def machine() -> str:
-    model = "unknown processor"
-    if Path("/proc/cpuinfo").exists():
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return f"{model}, {platform.system()}, one core per run, two runs at a time"
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{found[1] if found else platform.machine()}, {platform.system()}"
 
 
 def main() -> None:
@@ -95,7 +94,7 @@ def main() -> None:
         "command": " ".join(["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed SEED"]),
         "seeds": f"{ours.seeds[0]}-{ours.seeds[-1]}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
+        "machine": f"{processor()}, one core per run, {ours.jobs} runs at a time",
         "versions": f"Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in ("torch", "gymnasium", "numpy")),
         "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, from start-up to evaluation",

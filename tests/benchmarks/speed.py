@@ -8,13 +8,15 @@ a whole training, with its gradient steps and its logs, without start-up and eva
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from importlib.metadata import version
 from pathlib import Path
 
+from learn import processor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +49,7 @@ GROUPS = {
     "REINFORCE, CartPole-v1": {
         "the tutorial's program, mended only to run": tutorial,
         "reinforce_cartpole.py": lambda seed: ours("reinforce_cartpole", seed),
-        "reinforce_cartpole.py, the textbook's form": lambda seed: ours("reinforce_cartpole", seed, *TEXTBOOK),
+        "reinforce_cartpole.py, closest to the textbook": lambda seed: ours("reinforce_cartpole", seed, *TEXTBOOK),
     },
 }
 
@@ -56,7 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, {platform.system()}, {rounds} rounds\n")
+    print(f"`python tests/benchmarks/speed.py --rounds {rounds}`, {time.strftime('%Y-%m-%d')}, {processor()}, ", end="")
+    print(f"{os.cpu_count()} cores, torch {version('torch')}, gymnasium {version('gymnasium')}\n")
     for group, rows in GROUPS.items():
         speeds = {name: [] for name in rows}
         for seed in range(1, rounds + 1):
