@@ -8,9 +8,9 @@
 
 Paper    Williams (1992), "Simple statistical gradient-following algorithms for connectionist reinforcement
          learning". Equation numbers are those of Sutton and Barto (2018), "Reinforcement Learning", 2nd edition.
-Idea     Play whole episodes with the current policy pi(a|s). Then make each action more likely, the more so the more
-         reward came after it; compared with a baseline, also less likely if less came than usual. J, the expected
-         return of an episode, has that as its gradient. No value function, no model, no replay buffer.
+Idea     Play whole episodes with the current policy pi(a|s). Then make every action more likely if more reward came
+         after it than usual, and less likely if less did. On average, that is a step up the gradient of J, the
+         expected return of an episode. No value function, no model, no replay buffer.
 
              G_t    = r_t + gamma * G_{t+1}                           the return from step t on (3.9)
              grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient (13.5, 13.10)
@@ -216,13 +216,13 @@ def discounted_returns(rewards: list[float], gamma: float) -> Tensor:
 
 
 def normalize_returns(returns: list[Tensor]) -> Tensor:
-    """(G_t - b_t) / deviation, with b_t the mean of G_t over the n episodes that reached step t: N of (T,) -> (B,).
+    """(G_t - b_t) / deviation, b_t being the mean of G_t over the n episodes that reached step t: N of (T,) -> (B,).
 
-    A baseline that a_t cannot influence can take noise from the gradient and leaves its expectation (13.10). G_t itself
-    has the weight 1/n in ours, so that step t's part of the gradient is 1 - 1/n as long: nothing where only one episode
-    got so far. It reflects how much is usually left to earn at step t, so that the last steps are not bad for being the
-    last; where all episodes went alike, the gradient is 0. Dividing by the deviation makes the step independent of the
-    unit of the rewards. As it depends on the actions, it also biases: rare, large returns count for less.
+    b_t is how much is usually left to earn at step t. So the last steps are not bad for being the last, and where all
+    episodes went alike, the gradient is 0. A baseline that a_t cannot influence leaves the expected gradient as it is
+    (13.10); this one has 1/n of G_t itself in it, which makes step t's part 1 - 1/n as long: nothing where only one
+    episode got so far. Dividing by the deviation makes the step independent of the unit of the rewards. It also biases,
+    as it depends on the actions: rare, large returns count for less.
     """
     lengths = torch.tensor([len(episode) for episode in returns])
     padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
@@ -234,10 +234,10 @@ def normalize_returns(returns: list[Tensor]) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, returns: Tensor, num_episodes: int) -> Tensor:
-    """-1/N sum_t G_t * log pi(a_t|s_t) over the steps of N episodes: (B,), (B,) -> scalar, or G_t - b_t for G_t.
+    """-1/N sum_t G_t * log pi(a_t|s_t) over all steps of N episodes: (B,), (B,) -> scalar.
 
-    A step down its gradient is the update (13.8), with a baseline (13.11), averaged over N episodes. The number itself
-    says little.
+    A step down its gradient is the update (13.8), averaged over the episodes; if returns holds G_t - b_t, (13.11). The
+    number itself says little.
     """
     return -(returns * log_probs).sum() / num_episodes
 
