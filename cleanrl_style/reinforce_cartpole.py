@@ -26,9 +26,9 @@ Run      python reinforce_cartpole.py
          Closest to the textbook: --episodes-per-update 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 20 (worst to best seed), and wall time on
          one core of a Xeon, start-up and evaluation included:
-             CartPole-v1                   498.2 (489.1 to 500.0)   100k steps, about 50 updates,  6 s
-             CartPole-v1, as the textbook  448.3 (206.1 to 500.0)   100k steps,                   14 s
-             Acrobot-v1                    -83.4 (-91.8 to -78.0)   400k steps,                   30 s
+             CartPole-v1                   498.2 (489.1 to 500.0)   100k steps    6 s
+             CartPole-v1, as the textbook  448.3 (206.1 to 500.0)   100k steps   14 s
+             Acrobot-v1                    -83.4 (-91.8 to -78.0)   400k steps   30 s
 """
 
 import os

@@ -47,7 +47,8 @@ def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, flo
     wall = time.perf_counter() - start
     assert process.returncode == 0, process.stderr
     run_dir = process.stdout.splitlines()[-1]
-    done.write_text(f"{run_dir}\n{wall if not begun else float('nan')}")
+    wall = float("nan") if begun else wall  # the time of a part says nothing of the whole
+    done.write_text(f"{run_dir}\n{wall}")
     print(f"seed {seed}: {wall:.1f} s, {process.stdout.splitlines()[-2]}", flush=True)
     return Path(run_dir), wall
 
