@@ -1,0 +1,661 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.4.0", "gymnasium[atari]>=1.2.0", "ale-py>=0.12.0", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+# ]
+# ///
+"""Deep Q-learning (DQN) from pixels, for Atari games.
+
+Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
+         van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
+Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
+         and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
+
+             y    = r + gamma * max_a' Q_target(s', a')      the target; y = r if the episode terminated in s'
+             loss = mean of huber(Q(s, a) - y) over B transitions (s, a, r, s')
+
+         The transitions come from a replay buffer, at random: neighbours in time are too alike to learn from. Q_target is
+         a copy of the network from a while ago, so that the target does not run away from the network that follows it.
+         With probability epsilon, which decays, an action is random: else nothing new would ever be tried.
+Differs  Adam in place of RMSProp. One frame is stored once, not eight times: 1M transitions are 7.1 GB, in a file. N games
+         are played at a time, the emulators step while the network learns, and all games are cut at a checkpoint, since
+         an emulator cannot be saved. As in the paper: one gradient step for 4 steps, rewards clipped to -1, 0, 1, the
+         loss of a life ends the learner's episode; but neither ends what is logged, the true score of the whole game.
+Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t is the step from t to t+1: the
+         observation, the action, and what came of it. One step is four frames of the game.
+Run      python dqn_atari.py
+         python dqn_atari.py --env-id ALE/Pong-v5
+Expect   TODO
+"""
+
+import math
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, NoReturn
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+
+SCRIPT = "dqn_atari"  # named in checkpoints and messages
+STACK = 4  # frames of an observation
+LOG_FREQUENCY = 1_000  # steps between points of the losses
+MAX_FRAMES = 1_000  # that are drawn for an animated picture
+RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
+
+
+@dataclass(frozen=True)
+class Args:
+    env_id: str = "ALE/Breakout-v5"  # a Gymnasium environment, or my_module:MyEnv-v0
+    seed: int = 1  # of the network, the actions and the environments
+    total_timesteps: int = 10_000_000  # environment steps to train for, up to the end of an update
+
+    learning_rate: float = 1e-4  # step size of Adam
+    anneal_lr: bool = False  # lower the learning rate linearly towards 0 at the end of the run
+    num_envs: int = 4  # environments that are stepped side by side (N)
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 1.0  # share of the Q-network that goes into the target network at each of its updates; 1: a copy
+    target_network_frequency: int = 1_000  # environment steps between updates of the target network
+    batch_size: int = 32  # transitions in one gradient step (B)
+    start_e: float = 1.0  # epsilon, the probability of a random action, at the start
+    end_e: float = 0.01  # epsilon at the end of its decay
+    exploration_fraction: float = 0.1  # share of total-timesteps that the decay takes
+    learning_starts: int = 80_000  # environment steps before the first gradient step
+    train_frequency: int = 4  # environment steps for one gradient step
+    double_q: bool = False  # the Q-network chooses the next action, the target network values it
+    loss: Literal["huber", "squared"] = "huber"  # huber: the gradient of large errors is that of an error of 1
+    sticky_actions: float = 0.0  # probability that the emulator repeats its last action instead of the new one
+    eval_epsilon: float = 0.01  # probability of a random action in evaluation
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of convolutions and products; auto: the fastest
+    compile: bool = False  # compile the networks; for a GPU
+    num_threads: int = 0  # processor threads of PyTorch; 0: as many as there are cores
+
+    exp_name: str = SCRIPT  # part of the run folder's name
+    runs_dir: str = "runs"  # where run folders are made
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
+    checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the end
+    resume: RunDir = None  # go on with this run from its last checkpoint
+    evaluate: RunDir = None  # play this run's policy, do not train
+    eval_episodes: int = 10  # episodes that the greedy policy plays after training
+    capture_video: bool = False  # save the first evaluation episode as an animated picture
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) not in (str, int, float, bool, type(None)):  # a checkpoint could not be read again
+                raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
+        for name in (
+            "total_timesteps", "num_envs", "buffer_size", "target_network_frequency", "batch_size", "train_frequency",
+            "eval_episodes",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("gamma", "start_e", "end_e", "exploration_fraction", "sticky_actions", "eval_epsilon"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
+        for name in ("checkpoint_frequency", "num_threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate must be a positive number, not {self.learning_rate}")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
+        if self.learning_starts < max(self.batch_size, (STACK + 1) * self.num_envs):
+            raise ValueError(f"--learning-starts must be at least --batch-size and {STACK + 1} times --num-envs")
+        if self.buffer_size < self.learning_starts:
+            raise ValueError("--buffer-size must be at least --learning-starts")
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be less than --total-timesteps, or nothing is learned")
+        if self.resume is not None and self.evaluate is not None:
+            raise ValueError("--resume and --evaluate exclude each other")
+
+
+# The arguments that have no part in what is learned. A checkpoint has one: it cuts the games that are being played.
+HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "eval_epsilon", "capture_video"}
+
+
+# ---- Environment and network ----------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
+    """N games, whose observations are the last four frames: (N, 4, 84, 84) of uint8, the newest last, 0 before the start.
+
+    The emulators run in native code, in threads of their own: `send` gives them their actions, `recv` waits for what
+    came of them. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the game
+    is over, the next step ignores its action and begins a new one.
+    """
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    try:
+        if args.env_id.startswith("ALE/"):
+            return gym.make_vec(
+                args.env_id, num_envs, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
+                repeat_action_probability=args.sticky_actions,
+            )  # fmt: skip
+        envs = OwnEnvs(gym.make_vec(args.env_id, num_envs, vectorization_mode="sync"))
+    except (gym.error.Error, ImportError, ValueError) as error:
+        fail(f"cannot make the environment {args.env_id!r}: {error}")
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84) and obs_space.dtype == np.uint8
+    if not (frames and isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0):
+        fail(f"needs a game of the form ALE/Breakout-v5, or an environment with observations Box(0, 255, (4, 84, 84), "
+             f"uint8) and actions Discrete(n); {args.env_id} has {obs_space} and {action_space}")  # fmt: skip
+    return envs
+
+
+def make_camera(args: Args) -> gym.vector.VectorEnv | None:
+    """One more game that shows the screen in colour, (1, 1, 210, 160, 3); None if the environment is no emulator.
+
+    From the same seed, by the same actions, it plays the same game.
+    """
+    if not args.env_id.startswith("ALE/"):
+        return None
+    return gym.make_vec(
+        args.env_id, 1, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
+        repeat_action_probability=args.sticky_actions, grayscale=False, stack_num=1, img_height=210, img_width=160,
+    )  # fmt: skip
+
+
+class OwnEnvs(gym.vector.VectorWrapper):
+    """Gives other environments what the emulators have: the two halves of a step, and a number for each frame."""
+
+    def reset(self, **keywords):
+        obs, info = self.env.reset(**keywords | {"seed": [int(seed) for seed in keywords["seed"]]})
+        self.ended, self.frame_numbers = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, int)
+        return obs, info | {"episode_frame_number": self.frame_numbers}
+
+    def send(self, actions):
+        self.actions = actions
+
+    def recv(self):
+        obs, rewards, terminated, truncated, info = self.env.step(self.actions)
+        self.frame_numbers = np.where(self.ended, 0, self.frame_numbers + 1)
+        self.ended = terminated | truncated
+        return obs, rewards, terminated, truncated, info | {"episode_frame_number": self.frame_numbers}
+
+
+TRAINING, EVALUATION = 0, 1  # env_seeds has a stream (TRAINING, step) for each checkpoint, and (EVALUATION,)
+
+
+def env_seeds(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
+    """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
+
+    So a resumed run plays the same games as one that never stopped. The emulators want 31 bits.
+    """
+    return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).astype(np.int64) & 0x7FFFFFFF
+
+
+class QNetwork(nn.Module):
+    """Q(s, .): the network of Mnih et al., three convolutions and two linear layers."""
+
+    def __init__(self, num_actions: int, bfloat16: bool) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+        self.layers = nn.Sequential(
+            nn.Conv2d(STACK, 32, 8, stride=4), nn.ReLU(),  # (B, 32, 20, 20)
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),  # (B, 64, 9, 9)
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten(),  # (B, 64 * 7 * 7)
+            nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
+            nn.Linear(512, num_actions),
+        )  # fmt: skip
+        self.to(memory_format=torch.channels_last)  # the faster order in memory: the 4 frames of a pixel side by side
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Frames (B, 4, 84, 84) of uint8 -> Q(s, .) (B, A) in float32."""
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
+        pixels = obs.to(dtype, memory_format=torch.channels_last) / 255
+        with torch.autocast(obs.device.type, dtype, enabled=self.bfloat16):
+            return self.layers(pixels).float()
+
+
+def make_network(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> QNetwork:
+    """auto: bfloat16 where the processor has instructions for it, which are twice as fast; else float32."""
+    has_bfloat16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and has_bfloat16)
+    network = QNetwork(int(envs.single_action_space.n), bfloat16).to(device)
+    if args.compile:
+        network.compile()
+    return network
+
+
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+
+
+def linear_epsilon(step: int, start: float, end: float, duration: float) -> float:
+    """The probability of a random action: falls in a line from start at step 0 to end at step `duration`, and stays."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+@torch.no_grad()
+def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
+    """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
+    q_values = q_network(obs).cpu()
+    if not q_values.isfinite().all():
+        raise FloatingPointError("the Q-network's output is not finite; an observation may be NaN or far too large")
+    random_actions = torch.randint(q_values.shape[1], (len(q_values),))
+    return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
+
+
+def td_target(
+    rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, next_q_online: Tensor | None = None
+) -> Tensor:
+    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
+
+    The maximum of noisy estimates is too high on average. Double Q-learning, if given Q(s', .) of the online network as
+    well, lets that one choose a' and the target network value it, so that they must err together (van Hasselt, 4).
+    """
+    best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
+    return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
+
+
+@torch.no_grad()
+def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
+    """theta_target <- (1 - tau) * theta_target + tau * theta: a copy if tau is 1."""
+    torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), tau)
+
+
+class Batch(NamedTuple):
+    """B transitions from the replay buffer."""
+
+    obs: Tensor  # (B, 4, 84, 84)
+    actions: Tensor  # (B,)
+    rewards: Tensor  # (B,), clipped
+    next_obs: Tensor  # (B, 4, 84, 84)
+    terminated: Tensor  # (B,), True if the step ended a life or a game: nothing follows
+
+
+def update(
+    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """One gradient step on a batch -> metrics."""
+    with torch.no_grad():
+        next_q_online = q_network(batch.next_obs) if args.double_q else None
+        next_q = target_network(batch.next_obs)
+        target = td_target(batch.rewards, batch.terminated, next_q, args.gamma, next_q_online)
+    q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
+    loss = F.huber_loss(q_values, target) if args.loss == "huber" else F.mse_loss(q_values, target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+
+# ---- Memory ---------------------------------------------------------------------------------------------------------
+
+
+class ReplayBuffer:
+    """The last R rows of N environments. Each frame is stored once, in a file that is mapped into memory.
+
+    Row t holds the newest frame of each observation t; the other three are in the rows before, the next observation's
+    newest is in the row after. So five rows hold both observations of a transition, and a row waits for its successor
+    before it can be drawn. `ages` says how many frames of its game are before it: beyond the start, frames are 0.
+    `valid` is False where a row holds only the last frame of a game, whose action led nowhere.
+
+    What a run writes after a checkpoint is not what a run that resumes from there remembers. So rows that are about to
+    be overwritten go to a second file first, and `load_state_dict` puts them back. That is how a checkpoint of a buffer
+    of gigabytes is written in no time.
+    """
+
+    def __init__(self, run_dir: Path, num_rows: int, num_envs: int, create: bool) -> None:
+        self.run_dir, self.num_rows, self.num_envs = run_dir, num_rows, num_envs
+        path, shape = run_dir / "replay.frames", (num_rows, num_envs, 84 * 84)
+        if create:
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # not on a Mac
+                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # a full disk is an error now or never
+                else:
+                    file.truncate(math.prod(shape))
+        elif not path.is_file() or path.stat().st_size != math.prod(shape):
+            fail(f"{path} is missing or cut: this run can be evaluated, but not resumed")
+        self.file = np.memmap(path, np.uint8, "r+", shape=shape)
+        self.frames = torch.from_numpy(self.file)
+        self.actions = torch.zeros(num_rows, num_envs, dtype=torch.uint8)
+        self.rewards = torch.zeros(num_rows, num_envs, dtype=torch.int8)
+        self.terminated = torch.zeros(num_rows, num_envs, dtype=torch.bool)
+        self.ages = torch.zeros(num_rows, num_envs, dtype=torch.uint8)
+        self.valid = torch.zeros(num_rows, num_envs, dtype=torch.bool)
+        self.rows_written = 0  # in all, so the next one is row rows_written modulo R
+        self.overwritten = None  # the second file, new with each checkpoint
+
+    def add(
+        self, obs: np.ndarray, ages: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray,
+        valid: np.ndarray,
+    ) -> None:  # fmt: skip
+        """One row: observations (N, 4, 84, 84), of which the newest frame is kept, and five arrays (N,)."""
+        row = self.rows_written % self.num_rows
+        if self.rows_written >= self.num_rows and self.overwritten is not None:
+            self.overwritten.write(self.file[row])
+        self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
+        columns = (self.actions, self.rewards, self.terminated, self.ages, self.valid)
+        for column, values in zip(columns, (actions, np.sign(rewards), terminated, ages, valid)):
+            column[row] = torch.from_numpy(values)
+        self.rows_written += 1
+
+    def sample(self, batch_size: int) -> Batch:
+        """B transitions, each as likely as any other. Left out are the oldest rows, whose older frames are gone."""
+        count = min(self.rows_written, self.num_rows) - STACK
+        oldest = self.rows_written - 1 - count
+        rows = envs = torch.empty(0, dtype=torch.int64)
+        while len(rows) < batch_size:
+            new_rows = (oldest + torch.randint(count, (batch_size,))) % self.num_rows
+            new_envs = torch.randint(self.num_envs, (batch_size,))
+            valid = self.valid[new_rows, new_envs]
+            rows, envs = torch.cat([rows, new_rows[valid]]), torch.cat([envs, new_envs[valid]])
+        rows, envs = rows[:batch_size], envs[:batch_size]
+        steps_back = torch.arange(STACK - 1, -2, -1)  # 3, 2, 1, 0, and -1 for the next observation's frame
+        window = (rows[:, None] - steps_back) % self.num_rows * self.num_envs + envs[:, None]
+        frames = self.frames.view(-1, 84 * 84).index_select(0, window.flatten()).view(batch_size, STACK + 1, 84, 84)
+        frames[(steps_back > self.ages[rows, envs][:, None]).nonzero(as_tuple=True)] = 0  # before the game's start
+        actions, rewards = self.actions[rows, envs].long(), self.rewards[rows, envs].float()
+        return Batch(frames[:, :-1], actions, rewards, frames[:, 1:], self.terminated[rows, envs])
+
+    COLUMNS = ("actions", "rewards", "terminated", "ages", "valid")
+
+    def state_dict(self) -> dict:
+        """All but the frames, for a checkpoint. From here on, rows that are overwritten go to a new second file."""
+        self.file.flush()
+        if self.overwritten is not None:
+            self.overwritten.close()
+        self.overwritten = open(self.run_dir / f"replay.overwritten-{self.rows_written}", "wb", buffering=0)
+        columns = {name: getattr(self, name)[: self.rows_written] for name in self.COLUMNS}
+        return {"rows_written": self.rows_written} | columns
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes back to that checkpoint."""
+        self.rows_written = state["rows_written"]
+        for name in self.COLUMNS:
+            getattr(self, name)[: self.rows_written] = state[name]
+        path = self.run_dir / f"replay.overwritten-{self.rows_written}"
+        if path.is_file():
+            row_shape = self.file.shape[1:]
+            rows = np.fromfile(path, np.uint8)
+            rows = rows[: rows.size // math.prod(row_shape) * math.prod(row_shape)].reshape(-1, *row_shape)
+            self.file[(self.rows_written + np.arange(len(rows))) % self.num_rows] = rows
+
+    def remove_old_files(self) -> None:
+        """To be called when the checkpoint is written, and what led to it will not be needed any more."""
+        for path in self.run_dir.glob("replay.overwritten-*"):
+            if path.name != f"replay.overwritten-{self.rows_written}":
+                path.unlink()
+
+
+def times_due(step: int, num_steps: int, frequency: int) -> int:
+    """How many multiples of frequency are among the last num_steps numbers up to step; never, if frequency is 0."""
+    return step // frequency - (step - num_steps) // frequency if frequency else 0
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> Path:
+    """Trains a Q-network, from the start or from the checkpoint in args.resume, and returns the run's folder."""
+    device = pick_device(args)
+    torch.manual_seed(args.seed)
+    envs, num_envs = make_envs(args, args.num_envs), args.num_envs
+    q_network, target_network = make_network(args, envs, device), make_network(args, envs, device)
+    target_network.load_state_dict(q_network.state_dict())
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
+    buffer = ReplayBuffer(run_dir, -(-args.buffer_size // num_envs), num_envs, create=args.resume is None)
+    parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+    global_step = 0
+    if args.resume is not None:
+        state = load_checkpoint(args.resume, args, **parts)
+        global_step = state["global_step"]
+        torch.set_rng_state(state["random_state"])
+    print(f"Training in {run_dir}", flush=True)
+    writer = open_log(run_dir, args, global_step)
+
+    def save() -> None:
+        if not all(weights.isfinite().all() for weights in q_network.parameters()):
+            raise FloatingPointError("a weight is no longer finite")
+        writer.flush()  # the event file must not lag behind the checkpoint
+        states = {name: part.state_dict() for name, part in parts.items()}
+        counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
+        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
+        buffer.remove_old_files()
+
+    first_step, start_time, recent, obs, metrics = global_step, time.perf_counter(), deque(maxlen=20), None, {}
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="steps", unit_scale=True,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    try:
+        save()  # from here on there is something to resume
+        with bar:
+            while global_step < args.total_timesteps:
+                if obs is None:  # at the start and after each checkpoint: new games, given by seed and step alone
+                    obs, info = envs.reset(seed=env_seeds(args.seed, (TRAINING, global_step), num_envs))
+                    frame_numbers = info["episode_frame_number"]
+                    ages, scores, lengths = np.zeros((3, num_envs), dtype=np.int64)
+                if args.anneal_lr:
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+
+                # Act.
+                decay = args.exploration_fraction * args.total_timesteps
+                epsilon = linear_epsilon(global_step, args.start_e, args.end_e, decay)
+                actions = select_actions(q_network, torch.from_numpy(obs).to(device), epsilon)
+                envs.send(actions.numpy())
+                global_step += num_envs
+
+                # Learn, while the emulators step.
+                if global_step > args.learning_starts:
+                    for _ in range(times_due(global_step, num_envs, args.train_frequency)):
+                        batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
+                        metrics = update(q_network, target_network, optimizer, batch, args)
+                    if times_due(global_step, num_envs, args.target_network_frequency):
+                        update_target(target_network, q_network, args.tau)
+
+                # Store. A frame number that falls tells of a new game: the step before ended one, this one led nowhere.
+                next_obs, rewards, terminated, _, info = envs.recv()
+                new_game = info["episode_frame_number"] < frame_numbers
+                buffer.add(obs, ages, actions.numpy(), rewards, terminated, ~new_game)
+                obs, frame_numbers = next_obs, info["episode_frame_number"]
+                ages = np.where(new_game, 0, np.minimum(ages + 1, STACK))
+
+                # Log, save. Environment i's step in this round has number global_step - N + 1 + i of all.
+                for i in np.flatnonzero(new_game):
+                    recent.append(scores[i])
+                    writer.add_scalar("charts/episodic_return", scores[i], global_step - num_envs + 1 + i)
+                    writer.add_scalar("charts/episodic_length", lengths[i], global_step - num_envs + 1 + i)
+                scores, lengths = np.where(new_game, 0, [scores + rewards, lengths + 1])
+                if times_due(global_step, num_envs, LOG_FREQUENCY):
+                    scalars = {
+                        "charts/epsilon": epsilon,
+                        "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                        "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),
+                    }
+                    for tag, value in (scalars | metrics).items():
+                        writer.add_scalar(tag, value, global_step)
+                    if recent:
+                        bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
+                    bar.update(min(global_step, args.total_timesteps) - bar.n)
+                if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
+                    buffer.add(obs, ages, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
+                    save()
+                    obs = None
+    except FloatingPointError as error:
+        fail(f"step {global_step}: {error}. Are the environment's observations and rewards finite? If so, try a "
+             f"lower --learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+    except KeyboardInterrupt:
+        fail(f"interrupted at step {global_step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
+
+    log_evaluation(writer, args, run_dir, global_step, *evaluate(args, q_network, run_dir))
+    print(run_dir)
+    return run_dir
+
+
+@torch.no_grad()
+def evaluate(args: Args, q_network: QNetwork, run_dir: Path) -> tuple[float, float]:
+    """Plays args.eval_episodes whole games, prints how it went, returns their mean score and length."""
+    torch.manual_seed(args.seed)  # of the random actions
+    count, device = args.eval_episodes, next(q_network.parameters()).device
+    envs, seeds = make_envs(args, count), env_seeds(args.seed, (EVALUATION,), count)
+    obs, info = envs.reset(seed=seeds)
+    if args.capture_video:
+        camera = make_camera(args)
+        pictures = [camera.reset(seed=seeds[:1])[0]] if camera else [obs[:1]]
+    scores, lengths, playing = np.zeros(count), np.zeros(count), np.ones(count, dtype=bool)
+    while playing.any():
+        frame_numbers = info["episode_frame_number"]
+        actions = select_actions(q_network, torch.from_numpy(obs).to(device), args.eval_epsilon).numpy()
+        envs.send(actions)
+        obs, rewards, _, _, info = envs.recv()
+        playing &= info["episode_frame_number"] > frame_numbers  # each environment plays one game
+        scores, lengths = scores + rewards * playing, lengths + playing
+        if args.capture_video and playing[0] and len(pictures) < MAX_FRAMES:
+            pictures.append(camera.step(actions[:1])[0] if camera else obs[:1])
+    print(f"Evaluation: return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {count} episodes, "
+          f"epsilon {args.eval_epsilon}")  # fmt: skip
+    if args.capture_video:
+        path, milliseconds = run_dir / "episode.gif", 2 * 1000 / 15  # of every second frame, to halve the file
+        pictures = [Image.fromarray(picture[0, -1]) for picture in pictures[::2]]
+        pictures = [picture.resize((320, 420) if camera else (336, 336)) for picture in pictures]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+        print(f"Animated picture: {path}")
+    return float(np.mean(scores)), float(np.mean(lengths))
+
+
+# ---- Runs, checkpoints, command line --------------------------------------------------------------------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with one line on stderr."""
+    print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def pick_device(args: Args) -> torch.device:
+    """auto is a GPU if there is one. Also sets the number of threads, on which the last bits of the results depend."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(args.device, True):
+        fail(f"--device {args.device}: PyTorch finds no such device on this machine")
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    torch.backends.cudnn.deterministic = True
+    return torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
+
+
+def make_run_dir(args: Args) -> Path:
+    """Makes the folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>, which must be new."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+    try:
+        run_dir.mkdir(parents=True)
+        return run_dir
+    except FileExistsError:
+        if not run_dir.is_dir():
+            raise
+        time.sleep(1)  # another run began in this second
+        return make_run_dir(args)
+
+
+def settings(args: Args) -> dict:
+    """The arguments that belong to the run, and not to this call of the program."""
+    return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
+
+
+def open_log(run_dir: Path, args: Args, step: int) -> SummaryWriter:
+    """TensorBoard's writer, with a table of the arguments. Hides what was logged after the checkpoint of that step."""
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    rows = [f"|{name}|{value}|" for name, value in settings(args).items()]
+    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
+    return writer
+
+
+def log_evaluation(
+    writer: SummaryWriter, args: Args, run_dir: Path, step: int, mean_return: float, mean_length: float
+) -> None:
+    """The last points of a run, its picture, and its row in the HPARAMS tab."""
+    writer.add_scalar("eval/episodic_length", mean_length, step)  # add_hparams adds eval/episodic_return
+    if args.capture_video:  # add_image would show a still picture
+        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), step)
+    compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
+    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
+    writer.close()
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> None:
+    """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
+    with open(run_dir / "checkpoint.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads a run's checkpoint, compares its arguments with args, and fills the parts, such as policy=policy."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
+        if not isinstance(state, dict) or state.get("script") != SCRIPT:
+            fail(f"{path} is not a checkpoint of {SCRIPT}.py")
+        state["args"] = Args(**state["args"])
+        if args is not None:
+            refuse_changes(args, state["args"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state
+    except Exception as error:  # a cut or foreign file fails in a dozen ways
+        fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
+
+
+def refuse_changes(args: Args, saved: Args) -> None:
+    """A run that goes on, or whose policy is played, must be the one that was started, in all that it learns from."""
+    changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
+    for name, value in asdict(saved).items():
+        if name not in changeable and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
+    if args.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+
+
+def parse_args() -> Args:
+    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    args = tyro.cli(Args, description=(__doc__ or SCRIPT).splitlines()[0])
+    run_dir = args.evaluate if args.resume is None else args.resume
+    if run_dir is None:
+        return args
+    saved = load_checkpoint(run_dir)["args"]
+    return tyro.cli(Args, default=replace(saved, resume=args.resume, evaluate=args.evaluate))
+
+
+def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+    try:
+        args = parse_args()
+        if args.evaluate is None:
+            train(args)
+        else:
+            q_network = make_network(args, make_envs(args, 1), pick_device(args))
+            load_checkpoint(args.evaluate, args, q_network=q_network)
+            evaluate(args, q_network, Path(args.evaluate))
+            print(args.evaluate)
+    except FloatingPointError as error:
+        fail(str(error), code=1)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+
+
+if __name__ == "__main__":
+    main()
