@@ -30,6 +30,8 @@ Expect   TODO
 
 import math
 import os
+import re
+import shutil
 import sys
 import time
 from collections import deque
@@ -50,6 +52,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 SCRIPT = "dqn_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
@@ -62,7 +65,7 @@ RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 class Args:
     env_id: str = "ALE/Breakout-v5"  # a Gymnasium environment, or my_module:MyEnv-v0
     seed: int = 1  # of the network, the actions and the environments
-    total_timesteps: int = 10_000_000  # environment steps to train for, up to the end of an update
+    total_timesteps: int = 10_000_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-4  # step size of Adam
     anneal_lr: bool = False  # lower the learning rate linearly towards 0 at the end of the run
@@ -92,7 +95,7 @@ class Args:
     checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
-    eval_episodes: int = 10  # episodes that the greedy policy plays after training
+    eval_episodes: int = 10  # episodes to evaluate the policy with after training
     capture_video: bool = False  # save the first evaluation episode as an animated picture
 
     def __post_init__(self) -> None:
@@ -117,8 +120,8 @@ class Args:
             raise ValueError(f"--learning-rate must be a positive number, not {self.learning_rate}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
-        if self.learning_starts < max(self.batch_size, (STACK + 1) * self.num_envs):
-            raise ValueError(f"--learning-starts must be at least --batch-size and {STACK + 1} times --num-envs")
+        if self.learning_starts < max(self.batch_size, (STACK + 2) * self.num_envs):
+            raise ValueError(f"--learning-starts must be at least --batch-size, and {STACK + 2} times --num-envs")
         if self.buffer_size < self.learning_starts:
             raise ValueError("--buffer-size must be at least --learning-starts")
         if self.learning_starts >= self.total_timesteps:
@@ -127,8 +130,11 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned. A checkpoint has one: it cuts the games that are being played.
-HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "eval_epsilon", "capture_video"}
+# The arguments that have no part in what is learned. (A checkpoint has one: it cuts the games that are being played.)
+HOUSEKEEPING = {
+    "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "eval_epsilon", "capture_video",
+    "compile", "num_threads",
+}  # fmt: skip
 
 
 # ---- Environment and network ----------------------------------------------------------------------------------------
@@ -386,13 +392,28 @@ class ReplayBuffer:
             row_shape = self.file.shape[1:]
             rows = np.fromfile(path, np.uint8)
             rows = rows[: rows.size // math.prod(row_shape) * math.prod(row_shape)].reshape(-1, *row_shape)
-            self.file[(self.rows_written + np.arange(len(rows))) % self.num_rows] = rows
+            first = max(self.rows_written, self.num_rows)  # until the buffer is full, nothing is overwritten
+            self.file[(first + np.arange(len(rows))) % self.num_rows] = rows
 
     def remove_old_files(self) -> None:
         """To be called when the checkpoint is written, and what led to it will not be needed any more."""
         for path in self.run_dir.glob("replay.overwritten-*"):
             if path.name != f"replay.overwritten-{self.rows_written}":
                 path.unlink()
+
+
+def refuse_too_large(args: Args) -> None:
+    """A buffer that does not fit is refused at once, not when it fills up, hours later."""
+    runs_dir = Path(args.runs_dir).resolve()
+    folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    room = {"disk": shutil.disk_usage(folder).free}
+    if Path("/proc/meminfo").exists():  # Linux
+        (kilobytes,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        room["memory"] = int(kilobytes) * 1024
+    needed = args.buffer_size * 84 * 84
+    for name, free in room.items():
+        if needed > free:
+            fail(f"--buffer-size {args.buffer_size} needs {needed / 1e9:.1f} GB of {name}; {free / 1e9:.1f} GB are free")
 
 
 def times_due(step: int, num_steps: int, frequency: int) -> int:
@@ -411,6 +432,8 @@ def train(args: Args) -> Path:
     q_network, target_network = make_network(args, envs, device), make_network(args, envs, device)
     target_network.load_state_dict(q_network.state_dict())
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    if args.resume is None:
+        refuse_too_large(args)
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
     buffer = ReplayBuffer(run_dir, -(-args.buffer_size // num_envs), num_envs, create=args.resume is None)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
@@ -431,16 +454,14 @@ def train(args: Args) -> Path:
         save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
         buffer.remove_old_files()
 
-    first_step, start_time, recent, obs, metrics = global_step, time.perf_counter(), deque(maxlen=20), None, {}
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="steps", unit_scale=True,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
     try:
         save()  # from here on there is something to resume
-        with bar:
+        with progress_bar(global_step, args.total_timesteps) as bar:
             while global_step < args.total_timesteps:
                 if obs is None:  # at the start and after each checkpoint: new games, given by seed and step alone
                     obs, info = envs.reset(seed=env_seeds(args.seed, (TRAINING, global_step), num_envs))
-                    frame_numbers = info["episode_frame_number"]
+                    frame_numbers, metrics = info["episode_frame_number"], {}
                     ages, scores, lengths = np.zeros((3, num_envs), dtype=np.int64)
                 if args.anneal_lr:
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
@@ -452,12 +473,12 @@ def train(args: Args) -> Path:
                 envs.send(actions.numpy())
                 global_step += num_envs
 
-                # Learn, while the emulators step.
-                if global_step > args.learning_starts:
-                    for _ in range(times_due(global_step, num_envs, args.train_frequency)):
+                # Learn, while the emulators step: what is due after each of these steps.
+                for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
+                    if step % args.train_frequency == 0:
                         batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
                         metrics = update(q_network, target_network, optimizer, batch, args)
-                    if times_due(global_step, num_envs, args.target_network_frequency):
+                    if step % args.target_network_frequency == 0:
                         update_target(target_network, q_network, args.tau)
 
                 # Store. A frame number that falls tells of a new game: the step before ended one, this one led nowhere.
@@ -488,11 +509,8 @@ def train(args: Args) -> Path:
                     buffer.add(obs, ages, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
                     save()
                     obs = None
-    except FloatingPointError as error:
-        fail(f"step {global_step}: {error}. Are the environment's observations and rewards finite? If so, try a "
-             f"lower --learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
-    except KeyboardInterrupt:
-        fail(f"interrupted at step {global_step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        stop(error, global_step, run_dir)
 
     log_evaluation(writer, args, run_dir, global_step, *evaluate(args, q_network, run_dir))
     print(run_dir)
@@ -537,6 +555,14 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """Ends the program with one line on stderr."""
     print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path) -> NoReturn:
+    """Ends a training with one line that says what happened when, and what can be done now."""
+    if isinstance(error, KeyboardInterrupt):
+        fail(f"interrupted at step {step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
+    fail(f"step {step}: {error}. Are the environment's observations and rewards finite? If so, try a lower "
+         f"--learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
 
 
 def pick_device(args: Args) -> torch.device:
@@ -588,6 +614,12 @@ def log_evaluation(
     compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
     writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
     writer.close()
+
+
+def progress_bar(step: int, total: int) -> tqdm:
+    """Moves in a terminal; in a log file it is a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
+    return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:

@@ -60,7 +60,7 @@ RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 class Args:
     env_id: str = "CartPole-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
     seed: int = 1  # of the network, the actions and the environments
-    total_timesteps: int = 100_000  # environment steps to train for, up to the end of an update
+    total_timesteps: int = 100_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-2  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
@@ -74,7 +74,7 @@ class Args:
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
-    eval_episodes: int = 100  # episodes that the greedy policy plays after training
+    eval_episodes: int = 100  # episodes to evaluate the policy with after training
     capture_video: bool = False  # save the first evaluation episode as an animated picture
 
     def __post_init__(self) -> None:
@@ -274,23 +274,18 @@ def train(args: Args) -> Path:
         torch.set_rng_state(state["random_state"])
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
     print(f"Training in {run_dir}", flush=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what was logged after the checkpoint
-    settings = {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
-    rows = [f"|{name}|{value}|" for name, value in settings.items()]
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), global_step)
+    writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
         writer.flush()  # the event file must not lag behind the checkpoint
         counters = {"global_step": global_step, "num_updates": num_updates, "random_state": torch.get_rng_state()}
         states = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings} | counters | states)
+        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
 
     save()  # from here on there is something to resume
     first_step, start_time = global_step, time.perf_counter()
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="steps", unit_scale=True,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
     try:
-        with bar:
+        with progress_bar(global_step, args.total_timesteps) as bar:
             while global_step < args.total_timesteps:
                 if args.anneal_lr:
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
@@ -323,21 +318,11 @@ def train(args: Args) -> Path:
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
                 if args.checkpoint_frequency and global_step % args.checkpoint_frequency < len(actions):
                     save()
-    except FloatingPointError as error:
-        fail(f"step {global_step}: {error}. Are the environment's observations and rewards finite? If so, try a "
-             f"lower --learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
-    except KeyboardInterrupt:
-        fail(f"interrupted at step {global_step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        stop(error, global_step, run_dir)
     save()
 
-    mean_return, mean_length = evaluate(args, envs, policy, run_dir)
-    writer.add_scalar("eval/episodic_length", mean_length, global_step)  # add_hparams adds eval/episodic_return
-    if args.capture_video:  # add_image would show a still picture
-        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), global_step)
-    compared = {name: value for name, value in settings.items() if name not in HOUSEKEEPING}
-    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=global_step)
-    writer.close()
+    log_evaluation(writer, args, run_dir, global_step, *evaluate(args, envs, policy, run_dir))
     print(run_dir)
     return run_dir
 
@@ -369,6 +354,14 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path) -> NoReturn:
+    """Ends a training with one line that says what happened when, and what can be done now."""
+    if isinstance(error, KeyboardInterrupt):
+        fail(f"interrupted at step {step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
+    fail(f"step {step}: {error}. Are the environment's observations and rewards finite? If so, try a lower "
+         f"--learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+
+
 def pick_device(name: str) -> torch.device:
     """auto is the CPU: calling a GPU takes longer than computing so small a network."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -389,6 +382,38 @@ def make_run_dir(args: Args) -> Path:
             raise
         time.sleep(1)  # another run began in this second
         return make_run_dir(args)
+
+
+def settings(args: Args) -> dict:
+    """The arguments that belong to the run, and not to this call of the program."""
+    return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
+
+
+def open_log(run_dir: Path, args: Args, step: int) -> SummaryWriter:
+    """TensorBoard's writer, with a table of the arguments. Hides what was logged after the checkpoint of that step."""
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    rows = [f"|{name}|{value}|" for name, value in settings(args).items()]
+    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
+    return writer
+
+
+def log_evaluation(
+    writer: SummaryWriter, args: Args, run_dir: Path, step: int, mean_return: float, mean_length: float
+) -> None:
+    """The last points of a run, its picture, and its row in the HPARAMS tab."""
+    writer.add_scalar("eval/episodic_length", mean_length, step)  # add_hparams adds eval/episodic_return
+    if args.capture_video:  # add_image would show a still picture
+        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), step)
+    compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
+    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
+    writer.close()
+
+
+def progress_bar(step: int, total: int) -> tqdm:
+    """Moves in a terminal; in a log file it is a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
+    return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:

@@ -1,0 +1,553 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+# ]
+# ///
+"""Deep Q-learning (DQN) for flat observations and discrete actions.
+
+Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
+         van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
+Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
+         and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
+
+             y    = r + gamma * max_a' Q_target(s', a')      the target; y = r if the episode terminated in s'
+             loss = mean of huber(Q(s, a) - y) over B transitions (s, a, r, s')
+
+         The transitions come from a replay buffer, at random: neighbours in time are too alike to learn from. Q_target is
+         a copy of the network from a while ago, so that the target does not run away from the network that follows it.
+         With probability epsilon, which decays, an action is random: else nothing new would ever be tried.
+Differs  Adam in place of RMSProp, and a learning rate that falls to 0, so that the policy settles. A small network, as
+         there are no pixels. N environments are stepped at a time, and all begin new episodes at a checkpoint, since
+         the state of an environment cannot be saved. A time limit is no end: what would have followed is estimated.
+Shapes   N environments; B transitions of a batch; A actions; O numbers of an observation.
+Run      python dqn_cartpole.py
+Expect   Return
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
+LOG_FREQUENCY = 1_000  # steps between points of the losses
+MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
+MAX_FRAMES = 1_000  # that are drawn for an animated picture
+RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
+
+
+@dataclass(frozen=True)
+class Args:
+    env_id: str = "CartPole-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
+    seed: int = 1  # of the network, the actions and the environments
+    total_timesteps: int = 50_000  # environment steps to train for, up to the end of an update
+
+    learning_rate: float = 2.3e-3  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
+    num_envs: int = 4  # environments that are stepped side by side (N)
+    buffer_size: int = 50_000  # transitions that the replay buffer holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 1.0  # share of the Q-network that goes into the target network at each of its updates; 1: a copy
+    target_network_frequency: int = 250  # environment steps between updates of the target network
+    batch_size: int = 128  # transitions in one gradient step (B)
+    start_e: float = 1.0  # epsilon, the probability of a random action, at the start
+    end_e: float = 0.05  # epsilon at the end of its decay
+    exploration_fraction: float = 0.2  # share of total-timesteps that the decay takes
+    learning_starts: int = 1_000  # environment steps before the first gradient step
+    train_frequency: int = 4  # environment steps for one gradient step
+    double_q: bool = False  # the Q-network chooses the next action, the target network values it
+    hidden_size: int = 128  # units in each of the network's two hidden layers
+
+    exp_name: str = SCRIPT  # part of the run folder's name
+    runs_dir: str = "runs"  # where run folders are made
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
+    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
+    resume: RunDir = None  # go on with this run from its last checkpoint
+    evaluate: RunDir = None  # play this run's policy, do not train
+    eval_episodes: int = 100  # episodes that the greedy policy plays after training
+    capture_video: bool = False  # save the first evaluation episode as an animated picture
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) not in (str, int, float, bool, type(None)):  # a checkpoint could not be read again
+                raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
+        for name in (
+            "total_timesteps", "num_envs", "buffer_size", "target_network_frequency", "batch_size", "train_frequency",
+            "hidden_size", "eval_episodes",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("gamma", "start_e", "end_e", "exploration_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
+        if self.checkpoint_frequency < 0:
+            raise ValueError(f"--checkpoint-frequency must be at least 0, not {self.checkpoint_frequency}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate must be a positive number, not {self.learning_rate}")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
+        if self.learning_starts < self.batch_size:
+            raise ValueError(f"--learning-starts must be at least --batch-size, not {self.learning_starts}")
+        if self.buffer_size < self.learning_starts:
+            raise ValueError(f"--buffer-size must be at least --learning-starts, not {self.buffer_size}")
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be less than --total-timesteps, or nothing is learned")
+        if self.resume is not None and self.evaluate is not None:
+            raise ValueError("--resume and --evaluate exclude each other")
+
+
+# The arguments that have no part in what is learned. A checkpoint has one: it cuts the episodes that are being played.
+HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video"}
+
+
+# ---- Environment and network ----------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args) -> list[gym.Env]:
+    """N environments, to be stepped side by side; with --capture-video, the first can be drawn."""
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    try:
+        envs = [gym.make(args.env_id) for _ in range(args.num_envs)]
+        if args.capture_video:
+            if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
+                fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
+            os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+            envs[0] = gym.make(args.env_id, render_mode="rgb_array")
+            envs[0].reset()
+            frame = envs[0].render()  # now: what is missing for drawing should not come to light after the training
+            if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
+                fail(f"--capture-video: {args.env_id} does not draw arrays (H, W, 3) of uint8")
+    except (gym.error.Error, ImportError, ValueError) as error:
+        fail(f"cannot make the environment {args.env_id!r}: {error}")
+    obs_space, action_space = envs[0].observation_space, envs[0].action_space
+    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+    if not (flat and isinstance(action_space, gym.spaces.Discrete)):
+        fail(f"needs a flat Box observation and Discrete actions; {args.env_id} has {obs_space} and {action_space}")
+    if envs[0].spec.max_episode_steps is None:
+        envs = [gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS) for env in envs]
+    return envs
+
+
+TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, step) for each checkpoint, and (EVALUATION,)
+
+
+def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
+    """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
+
+    So a resumed run plays the same episodes as one that never stopped. Two streams share an episode only by chance, as
+    there are 2**32 of them.
+    """
+    return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
+
+
+class QNetwork(nn.Module):
+    """Q(s, .): three linear layers with ReLUs between. Output a is the value of action a."""
+
+    def __init__(self, obs_size: int, num_actions: int, hidden_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(obs_size, hidden_size), nn.ReLU(),
+            nn.Linear(hidden_size, hidden_size), nn.ReLU(),
+            nn.Linear(hidden_size, num_actions),
+        )  # fmt: skip
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Observations (B, O) -> Q(s, .) (B, A)."""
+        return self.layers(obs)
+
+
+def make_network(args: Args, envs: list[gym.Env]) -> QNetwork:
+    """A Q-network that fits the environments."""
+    return QNetwork(envs[0].observation_space.shape[0], int(envs[0].action_space.n), args.hidden_size)
+
+
+# ---- Memory ---------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B transitions. Row b of each:"""
+
+    obs: Tensor  # what the network saw, (B, O)
+    actions: Tensor  # what was done then, (B,)
+    rewards: Tensor  # what it brought, (B,)
+    next_obs: Tensor  # what was seen next: after an episode's last step, its last observation, (B, O)
+    terminated: Tensor  # whether the episode is over and nothing follows; False at a time limit, (B,)
+
+
+class ReplayBuffer:
+    """The last transitions, as many as `size`, in a ring: once it is full, the newest takes the place of the oldest."""
+
+    def __init__(self, size: int, obs_size: int) -> None:
+        self.rows = Batch(
+            torch.zeros(size, obs_size), torch.zeros(size, dtype=torch.int64), torch.zeros(size),
+            torch.zeros(size, obs_size), torch.zeros(size, dtype=torch.bool),
+        )  # fmt: skip
+        self.arrays = [part.numpy() for part in self.rows]  # the same memory, where writing one row is quicker
+        self.size, self.num_added = size, 0
+
+    def add(self, *transition: np.ndarray | float | bool) -> None:
+        """Copies one transition: obs (O,), action, reward, next_obs (O,), terminated."""
+        row = self.num_added % self.size
+        for array, value in zip(self.arrays, transition):
+            array[row] = value
+        self.num_added += 1
+
+    def sample(self, batch_size: int) -> Batch:
+        """Each of the B rows is any transition of the buffer, all equally probable."""
+        chosen = torch.randint(min(self.num_added, self.size), (batch_size,))
+        return Batch(*(part[chosen] for part in self.rows))
+
+    def state_dict(self) -> dict:
+        """The rows that are filled, for a checkpoint."""
+        return {"num_added": self.num_added, "rows": [part[: self.num_added].clone() for part in self.rows]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Puts back what `state_dict` gave."""
+        self.num_added = state["num_added"]
+        for part, saved in zip(self.rows, state["rows"]):
+            part[: self.num_added] = saved
+
+
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+
+
+def linear_epsilon(step: int, start: float, end: float, duration: float) -> float:
+    """The probability of a random action: falls in a line from start at step 0 to end at step `duration`, and stays."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+@torch.no_grad()
+def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
+    """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
+    q_values = q_network(obs).cpu()
+    if not q_values.isfinite().all():
+        raise FloatingPointError("the Q-network's output is not finite; an observation may be NaN or far too large")
+    random_actions = torch.randint(q_values.shape[1], (len(q_values),))
+    return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
+
+
+def td_target(
+    rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, next_q_online: Tensor | None = None
+) -> Tensor:
+    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
+
+    The maximum of noisy estimates is too high on average. Double Q-learning, if given Q(s', .) of the online network as
+    well, lets that one choose a' and the target network value it, so that they must err together (van Hasselt, 4).
+    """
+    best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
+    return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
+
+
+@torch.no_grad()
+def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
+    """theta_target <- (1 - tau) * theta_target + tau * theta: a copy if tau is 1."""
+    torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), tau)
+
+
+def update(
+    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, gamma: float,
+    double_q: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One gradient step on a batch -> metrics."""
+    with torch.no_grad():  # the target is a constant, although the network made it
+        next_q_online = q_network(batch.next_obs) if double_q else None
+        next_q = target_network(batch.next_obs)
+        target = td_target(batch.rewards, batch.terminated, next_q, gamma, next_q_online)
+    q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
+    loss = F.huber_loss(q_values, target)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+
+def times_due(step: int, num_steps: int, frequency: int) -> int:
+    """How many multiples of frequency are among the last num_steps numbers up to step; never, if frequency is 0."""
+    return step // frequency - (step - num_steps) // frequency if frequency else 0
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> Path:
+    """Trains a Q-network, from the start or from the checkpoint in args.resume, and returns the run's folder."""
+    torch.set_num_threads(1)  # for a network this small, a second thread costs more than it brings
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    envs, num_envs = make_envs(args), args.num_envs
+    first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always from 0
+    q_network, target_network = make_network(args, envs).to(device), make_network(args, envs).to(device)
+    target_network.load_state_dict(q_network.state_dict())
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    buffer = ReplayBuffer(args.buffer_size, envs[0].observation_space.shape[0])
+    parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+    global_step = 0
+    if args.resume is not None:
+        state = load_checkpoint(args.resume, args, **parts)
+        global_step = state["global_step"]
+        torch.set_rng_state(state["random_state"])
+    run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
+    print(f"Training in {run_dir}", flush=True)
+    writer = open_log(run_dir, args, global_step)
+
+    def save() -> None:
+        if not all(weights.isfinite().all() for weights in q_network.parameters()):
+            raise FloatingPointError("a weight is no longer finite")
+        writer.flush()  # the event file must not lag behind the checkpoint
+        states = {name: part.state_dict() for name, part in parts.items()}
+        counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
+        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
+
+    first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="steps", unit_scale=True,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    try:
+        save()  # from here on there is something to resume
+        with bar:
+            while global_step < args.total_timesteps:
+                if obs is None:  # at the start and after each checkpoint: new episodes, given by seed and step alone
+                    seeds = episode_seeds(args.seed, (TRAINING, global_step), num_envs)
+                    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+                    returns, lengths, metrics = [0.0] * num_envs, [0] * num_envs, {}
+                if args.anneal_lr:
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+
+                # Act: one step in every environment. Where an episode ends, the next one begins.
+                decay = args.exploration_fraction * args.total_timesteps
+                epsilon = linear_epsilon(global_step, args.start_e, args.end_e, decay)
+                rows = np.array(obs, dtype=np.float32)
+                actions = select_actions(q_network, torch.from_numpy(rows).to(device), epsilon)
+                for i, action in enumerate(actions.tolist()):
+                    obs[i], reward, terminated, truncated, _ = envs[i].step(first_action + action)
+                    buffer.add(rows[i], action, reward, obs[i], terminated)
+                    global_step, returns[i], lengths[i] = global_step + 1, returns[i] + float(reward), lengths[i] + 1
+                    if terminated or truncated:
+                        writer.add_scalar("charts/episodic_return", returns[i], global_step)
+                        writer.add_scalar("charts/episodic_length", lengths[i], global_step)
+                        recent.append(returns[i])
+                        obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
+
+                # Learn: what is due after each of these steps.
+                for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
+                    if step % args.train_frequency == 0:
+                        batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
+                        metrics = update(q_network, target_network, optimizer, batch, args.gamma, args.double_q)
+                    if step % args.target_network_frequency == 0:
+                        update_target(target_network, q_network, args.tau)
+
+                # Log, save.
+                if times_due(global_step, num_envs, LOG_FREQUENCY):
+                    scalars = {
+                        "charts/epsilon": epsilon,
+                        "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                        "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),
+                    }
+                    for tag, value in (scalars | metrics).items():
+                        writer.add_scalar(tag, value, global_step)
+                    if recent:
+                        bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
+                    bar.update(min(global_step, args.total_timesteps) - bar.n)
+                if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
+                    save()
+                    obs = None
+    except FloatingPointError as error:
+        fail(f"step {global_step}: {error}. Are the environment's observations and rewards finite? If so, try a "
+             f"lower --learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+    except KeyboardInterrupt:
+        fail(f"interrupted at step {global_step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
+
+    log_evaluation(writer, args, run_dir, global_step, *evaluate(args, envs, q_network, run_dir))
+    print(run_dir)
+    return run_dir
+
+
+def play_greedily(
+    envs: list[gym.Env], q_network: nn.Module, seeds: list[int], frames: list | None = None
+) -> list[list[float]]:
+    """Plays one episode for each seed, side by side, by the largest Q(s, .): the rewards of each.
+
+    If there is a list for frames, the first episode is drawn into it.
+    """
+    first_action, device = int(envs[0].action_space.start), next(q_network.parameters()).device
+    rewards = [[] for _ in seeds]
+    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+    running = list(range(len(seeds)))
+    while running:
+        rows = np.array([obs[i] for i in running], dtype=np.float32)
+        actions = select_actions(q_network, torch.from_numpy(rows).to(device), epsilon=0.0)
+        if frames is not None and running[0] == 0 and len(frames) < MAX_FRAMES:
+            frames.append(envs[0].render())
+        still_running = []
+        for i, action in zip(running, actions.tolist()):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(first_action + action)
+            rewards[i].append(float(reward))
+            if not (terminated or truncated):
+                still_running.append(i)
+        running = still_running
+    return rewards
+
+
+def evaluate(args: Args, envs: list[gym.Env], q_network: nn.Module, run_dir: Path) -> tuple[float, float]:
+    """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
+    seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
+    frames = [] if args.capture_video else None
+    episodes = play_greedily(envs, q_network, seeds[: len(envs)], frames)
+    for first in range(len(envs), len(seeds), len(envs)):
+        episodes += play_greedily(envs, q_network, seeds[first : first + len(envs)])
+    returns = [sum(rewards) for rewards in episodes]
+    print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
+    if frames:
+        fps = envs[0].metadata.get("render_fps") or 30
+        path, milliseconds = run_dir / "episode.gif", 2 * 1000 / fps  # of every second frame, to halve the file
+        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames[::2]]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+        print(f"Animated picture: {path}")
+    return float(np.mean(returns)), float(np.mean([len(rewards) for rewards in episodes]))
+
+
+# ---- Runs, checkpoints, command line --------------------------------------------------------------------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with one line on stderr."""
+    print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is the CPU: calling a GPU takes longer than computing so small a network."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name, True):
+        fail(f"--device {name}: PyTorch finds no such device on this machine")
+    return torch.device("cpu" if name == "auto" else name)
+
+
+def make_run_dir(args: Args) -> Path:
+    """Makes the folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>, which must be new."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+    try:
+        run_dir.mkdir(parents=True)
+        return run_dir
+    except FileExistsError:
+        if not run_dir.is_dir():
+            raise
+        time.sleep(1)  # another run began in this second
+        return make_run_dir(args)
+
+
+def settings(args: Args) -> dict:
+    """The arguments that belong to the run, and not to this call of the program."""
+    return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
+
+
+def open_log(run_dir: Path, args: Args, step: int) -> SummaryWriter:
+    """TensorBoard's writer, with a table of the arguments. Hides what was logged after the checkpoint of that step."""
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    rows = [f"|{name}|{value}|" for name, value in settings(args).items()]
+    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
+    return writer
+
+
+def log_evaluation(
+    writer: SummaryWriter, args: Args, run_dir: Path, step: int, mean_return: float, mean_length: float
+) -> None:
+    """The last points of a run, its picture, and its row in the HPARAMS tab."""
+    writer.add_scalar("eval/episodic_length", mean_length, step)  # add_hparams adds eval/episodic_return
+    if args.capture_video:  # add_image would show a still picture
+        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), step)
+    compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
+    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
+    writer.close()
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> None:
+    """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
+    with open(run_dir / "checkpoint.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads a run's checkpoint, compares its arguments with args, and fills the parts, such as policy=policy."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
+        if not isinstance(state, dict) or state.get("script") != SCRIPT:
+            fail(f"{path} is not a checkpoint of {SCRIPT}.py")
+        state["args"] = Args(**state["args"])
+        if args is not None:
+            refuse_changes(args, state["args"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state
+    except Exception as error:  # a cut or foreign file fails in a dozen ways
+        fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
+
+
+def refuse_changes(args: Args, saved: Args) -> None:
+    """A run that goes on, or whose policy is played, must be the one that was started, in all that it learns from."""
+    changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
+    for name, value in asdict(saved).items():
+        if name not in changeable and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
+    if args.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+
+
+def parse_args() -> Args:
+    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    args = tyro.cli(Args, description=(__doc__ or SCRIPT).splitlines()[0])
+    run_dir = args.evaluate if args.resume is None else args.resume
+    if run_dir is None:
+        return args
+    saved = load_checkpoint(run_dir)["args"]
+    return tyro.cli(Args, default=replace(saved, resume=args.resume, evaluate=args.evaluate))
+
+
+def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+    try:
+        args = parse_args()
+        if args.evaluate is None:
+            train(args)
+        else:
+            envs = make_envs(args)
+            q_network = make_network(args, envs)
+            load_checkpoint(args.evaluate, args, q_network=q_network)
+            evaluate(args, envs, q_network.to(pick_device(args.device)), Path(args.evaluate))
+            print(args.evaluate)
+    except FloatingPointError as error:
+        fail(str(error), code=1)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+
+
+if __name__ == "__main__":
+    main()
