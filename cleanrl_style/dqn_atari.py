@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.4.0", "gymnasium[atari]>=1.2.0", "ale-py>=0.12.0", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+#   "torch>=2.4.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
 """Deep Q-learning (DQN) from pixels, for Atari games.
@@ -12,17 +12,17 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
 
              y    = r + gamma * max_a' Q_target(s', a')      the target; y = r if the episode terminated in s'
-             loss = mean of huber(Q(s, a) - y) over B transitions (s, a, r, s')
+             loss = mean of huber(Q(s, a) - y)               over B transitions (s, a, r, s')
 
-         The transitions come from a replay buffer, at random: neighbours in time are too alike to learn from. Q_target is
-         a copy of the network from a while ago, so that the target does not run away from the network that follows it.
-         With probability epsilon, which decays, an action is random: else nothing new would ever be tried.
-Differs  Adam in place of RMSProp. One frame is stored once, not eight times: 1M transitions are 7.1 GB, in a file. N games
-         are played at a time, the emulators step while the network learns, and all games are cut at a checkpoint, since
-         an emulator cannot be saved. As in the paper: one gradient step for 4 steps, rewards clipped to -1, 0, 1, the
-         loss of a life ends the learner's episode; but neither ends what is logged, the true score of the whole game.
-Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t is the step from t to t+1: the
-         observation, the action, and what came of it. One step is four frames of the game.
+         The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
+         Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
+         follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
+Differs  Adam in place of RMSProp. N games are played side by side, and cut at a checkpoint, since an emulator cannot be
+         saved. Each frame is stored once, in a file. As in the paper, there is one gradient step for four steps,
+         rewards are clipped to -1, 0 and 1, and the loss of a life ends an episode; all this for the learner only,
+         for what is logged is the true score of whole games.
+Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
+         t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
          python dqn_atari.py --env-id ALE/Pong-v5
 Expect   TODO
@@ -34,6 +34,7 @@ import re
 import shutil
 import sys
 import time
+from argparse import ArgumentParser
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -141,11 +142,11 @@ HOUSEKEEPING = {
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """N games, whose observations are the last four frames: (N, 4, 84, 84) of uint8, the newest last, 0 before the start.
+    """N games. Their observations are the last four frames, (N, 4, 84, 84) of uint8, the newest last, 0 before a start.
 
     The emulators run in native code, in threads of their own: `send` gives them their actions, `recv` waits for what
-    came of them. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the game
-    is over, the next step ignores its action and begins a new one.
+    came of them. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the
+    game is over, the next step ignores its action and begins a new one.
     """
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
@@ -158,9 +159,10 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"cannot make the environment {args.env_id!r}: {error}")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84) and obs_space.dtype == np.uint8
-    if not (frames and isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0):
-        fail(f"needs a game of the form ALE/Breakout-v5, or an environment with observations Box(0, 255, (4, 84, 84), "
+    frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84)
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    if not (frames and obs_space.dtype == np.uint8 and discrete):
+        fail(f"needs a game such as ALE/Breakout-v5, or an environment with observations Box(0, 255, (4, 84, 84), "
              f"uint8) and actions Discrete(n); {args.env_id} has {obs_space} and {action_space}")  # fmt: skip
     return envs
 
@@ -413,7 +415,7 @@ def refuse_too_large(args: Args) -> None:
     needed = args.buffer_size * 84 * 84
     for name, free in room.items():
         if needed > free:
-            fail(f"--buffer-size {args.buffer_size} needs {needed / 1e9:.1f} GB of {name}; {free / 1e9:.1f} GB are free")
+            fail(f"--buffer-size needs {needed / 1e9:.1f} GB of {name}, where {free / 1e9:.1f} GB are free")
 
 
 def times_due(step: int, num_steps: int, frequency: int) -> int:
@@ -481,7 +483,7 @@ def train(args: Args) -> Path:
                     if step % args.target_network_frequency == 0:
                         update_target(target_network, q_network, args.tau)
 
-                # Store. A frame number that falls tells of a new game: the step before ended one, this one led nowhere.
+                # Store. A frame number that falls tells of a new game: the step before ended one, this led nowhere.
                 next_obs, rewards, terminated, _, info = envs.recv()
                 new_game = info["episode_frame_number"] < frame_numbers
                 buffer.add(obs, ages, actions.numpy(), rewards, terminated, ~new_game)
@@ -541,8 +543,8 @@ def evaluate(args: Args, q_network: QNetwork, run_dir: Path) -> tuple[float, flo
           f"epsilon {args.eval_epsilon}")  # fmt: skip
     if args.capture_video:
         path, milliseconds = run_dir / "episode.gif", 2 * 1000 / 15  # of every second frame, to halve the file
-        pictures = [Image.fromarray(picture[0, -1]) for picture in pictures[::2]]
-        pictures = [picture.resize((320, 420) if camera else (336, 336)) for picture in pictures]
+        size = (320, 420) if camera else (336, 336)
+        pictures = [Image.fromarray(frames[0, -1]).resize(size, Image.Resampling.NEAREST) for frames in pictures[::2]]
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
         print(f"Animated picture: {path}")
     return float(np.mean(scores)), float(np.mean(lengths))
@@ -662,12 +664,15 @@ def refuse_changes(args: Args, saved: Args) -> None:
 
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate its defaults are what the run was started with."""
-    args = tyro.cli(Args, description=(__doc__ or SCRIPT).splitlines()[0])
-    run_dir = args.evaluate if args.resume is None else args.resume
-    if run_dir is None:
-        return args
-    saved = load_checkpoint(run_dir)["args"]
-    return tyro.cli(Args, default=replace(saved, resume=args.resume, evaluate=args.evaluate))
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", nargs="?")
+    finder.add_argument("--evaluate", nargs="?")
+    found, _ = finder.parse_known_args()
+    default = Args()
+    if (found.resume is None) != (found.evaluate is None):
+        saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
+        default = replace(saved, resume=found.resume, evaluate=found.evaluate)
+    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])
 
 
 def main() -> None:

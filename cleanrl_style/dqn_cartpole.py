@@ -12,7 +12,7 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
 
              y    = r + gamma * max_a' Q_target(s', a')      the target; y = r if the episode terminated in s'
-             loss = mean of huber(Q(s, a) - y) over B transitions (s, a, r, s')
+             loss = mean of (Q(s, a) - y)^2 over B transitions (s, a, r, s')
 
          The transitions come from a replay buffer, at random: neighbours in time are too alike to learn from. Q_target is
          a copy of the network from a while ago, so that the target does not run away from the network that follows it.
@@ -28,6 +28,7 @@ Expect   Return
 import os
 import sys
 import time
+from argparse import ArgumentParser
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 class Args:
     env_id: str = "CartPole-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
     seed: int = 1  # of the network, the actions and the environments
-    total_timesteps: int = 50_000  # environment steps to train for, up to the end of an update
+    total_timesteps: int = 50_000  # environment steps to train for, at least
 
     learning_rate: float = 2.3e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
@@ -79,7 +80,7 @@ class Args:
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
-    eval_episodes: int = 100  # episodes that the greedy policy plays after training
+    eval_episodes: int = 100  # episodes to evaluate the policy with after training
     capture_video: bool = False  # save the first evaluation episode as an animated picture
 
     def __post_init__(self) -> None:
@@ -271,7 +272,7 @@ def update(
         next_q = target_network(batch.next_obs)
         target = td_target(batch.rewards, batch.terminated, next_q, gamma, next_q_online)
     q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
-    loss = F.huber_loss(q_values, target)
+    loss = F.mse_loss(q_values, target)
     if not loss.isfinite():
         raise FloatingPointError(f"the loss is {loss.item()}")
     optimizer.zero_grad()
@@ -318,11 +319,9 @@ def train(args: Args) -> Path:
         save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
 
     first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="steps", unit_scale=True,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
     try:
         save()  # from here on there is something to resume
-        with bar:
+        with progress_bar(global_step, args.total_timesteps) as bar:
             while global_step < args.total_timesteps:
                 if obs is None:  # at the start and after each checkpoint: new episodes, given by seed and step alone
                     seeds = episode_seeds(args.seed, (TRAINING, global_step), num_envs)
@@ -369,11 +368,8 @@ def train(args: Args) -> Path:
                 if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
                     save()
                     obs = None
-    except FloatingPointError as error:
-        fail(f"step {global_step}: {error}. Are the environment's observations and rewards finite? If so, try a "
-             f"lower --learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
-    except KeyboardInterrupt:
-        fail(f"interrupted at step {global_step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        stop(error, global_step, run_dir)
 
     log_evaluation(writer, args, run_dir, global_step, *evaluate(args, envs, q_network, run_dir))
     print(run_dir)
@@ -433,6 +429,14 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path) -> NoReturn:
+    """Ends a training with one line that says what happened when, and what can be done now."""
+    if isinstance(error, KeyboardInterrupt):
+        fail(f"interrupted at step {step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
+    fail(f"step {step}: {error}. Are the environment's observations and rewards finite? If so, try a lower "
+         f"--learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+
+
 def pick_device(name: str) -> torch.device:
     """auto is the CPU: calling a GPU takes longer than computing so small a network."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -481,6 +485,12 @@ def log_evaluation(
     writer.close()
 
 
+def progress_bar(step: int, total: int) -> tqdm:
+    """Moves in a terminal; in a log file it is a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
+    return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
+
+
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
     with open(run_dir / "checkpoint.tmp", "wb") as file:
@@ -521,12 +531,15 @@ def refuse_changes(args: Args, saved: Args) -> None:
 
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate its defaults are what the run was started with."""
-    args = tyro.cli(Args, description=(__doc__ or SCRIPT).splitlines()[0])
-    run_dir = args.evaluate if args.resume is None else args.resume
-    if run_dir is None:
-        return args
-    saved = load_checkpoint(run_dir)["args"]
-    return tyro.cli(Args, default=replace(saved, resume=args.resume, evaluate=args.evaluate))
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", nargs="?")
+    finder.add_argument("--evaluate", nargs="?")
+    found, _ = finder.parse_known_args()
+    default = Args()
+    if (found.resume is None) != (found.evaluate is None):
+        saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
+        default = replace(saved, resume=found.resume, evaluate=found.evaluate)
+    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 20 
 import os
 import sys
 import time
+from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn
@@ -456,12 +457,15 @@ def refuse_changes(args: Args, saved: Args) -> None:
 
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate its defaults are what the run was started with."""
-    args = tyro.cli(Args, description=(__doc__ or SCRIPT).splitlines()[0])
-    run_dir = args.evaluate if args.resume is None else args.resume
-    if run_dir is None:
-        return args
-    saved = load_checkpoint(run_dir)["args"]
-    return tyro.cli(Args, default=replace(saved, resume=args.resume, evaluate=args.evaluate))
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", nargs="?")
+    finder.add_argument("--evaluate", nargs="?")
+    found, _ = finder.parse_known_args()
+    default = Args()
+    if (found.resume is None) != (found.evaluate is None):
+        saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
+        default = replace(saved, resume=found.resume, evaluate=found.evaluate)
+    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])
 
 
 def main() -> None:

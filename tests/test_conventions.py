@@ -24,6 +24,9 @@ TAGS = {
     "charts/episodic_length",  # in steps
     "charts/learning_rate",
     "charts/SPS",  # environment steps per second, since the start or the resumption
+    "charts/epsilon",  # probability of a random action
+    "losses/td_loss",  # of the last gradient step's batch, as is
+    "losses/q_values",  # mean of Q(s, a)
     "losses/policy_loss",
     "losses/entropy",  # of the policy, in nats, mean over the steps
     "eval/episodic_return",  # mean over the evaluation episodes, greedy policy
@@ -50,6 +53,15 @@ OWN_CODE = {
     "__init__": "networks differ",
     "forward": "networks differ",
     "save": "lists what the algorithm must remember",
+    "pick_device": "depends on how large the networks are",
+    "make_network": "networks differ",
+    "QNetwork": "networks differ",
+    "Batch": "observations differ",
+    "ReplayBuffer": "numbers are stored as they are, frames once each",
+    "add": "is part of ReplayBuffer",
+    "sample": "is part of ReplayBuffer",
+    "state_dict": "is part of ReplayBuffer",
+    "load_state_dict": "is part of ReplayBuffer",
 }
 
 MODULE_OF_A_DEPENDENCY = {"numpy": "gymnasium", "PIL": "tensorboard"}  # not named: these packages require them

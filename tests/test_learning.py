@@ -72,3 +72,54 @@ def test_reinforce_finds_the_delayed_reward_of_two_states(reinforce, seed):
     (reinforce.folder / "two_states.py").write_text(TWO_STATES)
     flags = ["--env-id", "two_states:TwoStates-v0", "--total-timesteps", 10_000, "--eval-episodes", 1, "--seed", seed]
     assert final_return(reinforce.run(*flags)) == 9.0
+
+
+# ---- DQN ------------------------------------------------------------------------------------------------------------
+
+CATCH = """
+import gymnasium as gym
+import numpy as np
+
+
+class Catch(gym.Env):
+    '''A ball falls through 7 rows of 7 squares, each of 12 x 12 pixels. The player at the bottom stays, goes left or
+    goes right: to catch the ball pays 1, to miss it -1. Whoever does not see the ball catches one in three.'''
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.row, self.ball, self.player = 0, int(self.np_random.integers(7)), 3
+        self.frames = np.zeros((4, 84, 84), np.uint8)
+        return self.draw(), {}
+
+    def draw(self):
+        squares = np.zeros((7, 7), np.uint8)
+        squares[self.row, self.ball] = 255
+        squares[6, self.player] = 128
+        self.frames = np.concatenate([self.frames[1:], np.kron(squares, np.ones((1, 12, 12), np.uint8))])
+        return self.frames
+
+    def step(self, action):
+        self.row += 1
+        self.player = min(max(self.player + (0, -1, 1)[action], 0), 6)
+        reward = 0.0 if self.row < 6 else 1.0 if self.ball == self.player else -1.0
+        return self.draw(), reward, self.row == 6, False, {}
+
+
+gym.register("Catch-v0", entry_point=Catch)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--precision float32", "--double-q --precision bfloat16 --loss squared --tau 0.5"])
+def test_dqn_learns_to_catch_from_pixels(tmp_path, flags):
+    """Atari games take hours; this one has as many pixels, and its best return is known. No ball may be missed."""
+    bench = Bench(ROOT / "cleanrl_style" / "dqn_atari.py", tmp_path)
+    (tmp_path / "catch.py").write_text(CATCH)
+    result = bench.run(
+        "--env-id", "catch:Catch-v0", "--total-timesteps", 8000, "--buffer-size", 8000, "--learning-starts", 500,
+        "--learning-rate", 5e-4, "--exploration-fraction", 0.5, "--target-network-frequency", 400, "--batch-size", 16,
+        "--eval-episodes", 100, "--eval-epsilon", 0, *flags.split(), timeout=300,
+    )  # fmt: skip
+    assert final_return(result) == 1.0

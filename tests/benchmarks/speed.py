@@ -1,9 +1,12 @@
 """Environment steps per second of the scripts and of what people use instead, alternating in one run.
 
     python tests/benchmarks/speed.py --rounds 5
+    python tests/benchmarks/speed.py --rounds 5 --groups dqn --cleanrl DIR --cleanrl-python DIR/venv/bin/python
 
 Machines are noisy: nothing else may run meanwhile, and only the ratios and medians mean something. Every figure is of
-a whole training, with its gradient steps and its logs, without start-up and evaluation. Prints a table in Markdown.
+a whole training, with its gradient steps and its logs, without start-up, evaluation, and the steps before learning
+starts. Peak memory is that of the whole process. Prints a table in Markdown. DIR is a clone of CleanRL, whose Python has
+what its scripts import; they are run as they are, but for the settings that this file gives both sides.
 """
 
 import argparse
@@ -21,35 +24,80 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parent.parent / "cleanrl_style"
+CLEANRL = argparse.Namespace(folder=None, python=None)
 
 
-def run(*command: object) -> str:
-    process = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+def run(*command: object, folder: str | None = None, path: str = "") -> tuple[str, float]:
+    """The command's output and its peak memory in GB."""
+    environment = os.environ | {"PYTHONPATH": path}
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.DEVNULL, cwd=folder, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, command
+        out.seek(0)
+        return out.read(), usage.ru_maxrss * 1024 / 1e9
 
 
-def ours(script: str, seed: int, *flags: object) -> float:
-    """The last charts/SPS of a run."""
+def steady(folder: str, first: int) -> float:
+    """Steps per second, by the clock, between the first and the last point of charts/SPS after that step."""
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload().Scalars("charts/SPS")
+    events = [event for event in events if event.step >= first]
+    return (events[-1].step - events[0].step) / (events[-1].wall_time - events[0].wall_time)
+
+
+def ours(script: str, seed: int, *flags: object, first: int = 0) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as runs:
-        out = run(SCRIPTS / f"{script}.py", "--runs-dir", runs, "--seed", seed, "--eval-episodes", 1, *flags)
-        events = EventAccumulator(out.splitlines()[-1], size_guidance={"scalars": 0}).Reload()
-        return events.Scalars("charts/SPS")[-1].value
+        command = [sys.executable, SCRIPTS / f"{script}.py", "--runs-dir", runs, "--seed", seed, "--eval-episodes", 1]
+        out, memory = run(*command, *flags)
+        return steady(out.splitlines()[-1], first), memory
 
 
-def tutorial(seed: int) -> float:
-    return float(run(HERE / "tutorial_reinforce.py", seed, 20_000).split()[0])
+def cleanrl(script: str, seed: int, *flags: object, first: int) -> tuple[float, float]:
+    """A copy of the script, whose layers of 120 and 84 units, if it has such, get our 128."""
+    root = Path(CLEANRL.folder).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        source = (root / "cleanrl" / f"{script}.py").read_text()
+        for a, b in (("prod(), 120", "prod(), 128"), ("Linear(120, 84", "Linear(128, 128"), ("Linear(84", "Linear(128")):
+            source = source.replace(a, b)
+        Path(folder, f"{script}.py").write_text(source)
+        _, memory = run(CLEANRL.python, f"{script}.py", "--seed", seed, *flags, folder=folder, path=str(root))
+        (run_dir,) = Path(folder).glob("runs/*")
+        return steady(str(run_dir), first), memory
+
+
+def tutorial(seed: int) -> tuple[float, float]:
+    out, memory = run(sys.executable, HERE / "tutorial_reinforce.py", seed, 20_000)
+    return float(out.split()[0]), memory
 
 
 TEXTBOOK = ["--episodes-per-update", 1, "--no-normalize-returns", "--no-anneal-lr", "--learning-rate", 1e-3]
 
+# CleanRL's settings, where ours are others; both sides act by their networks, not at random, all the time.
+DQN = ["--total-timesteps", 40_000, "--learning-starts", 10_000, "--start-e", 0.05, "--end-e", 0.05]
+OUR_DQN = [*DQN, "--buffer-size", 10_000, "--train-frequency", 10, "--target-network-frequency", 500, "--batch-size", 128]
+ATARI = ["--total-timesteps", 5_000, "--learning-starts", 1_000, "--buffer-size", 20_000, "--start-e", 0.01]
+
 # Each row of the table: its name, and what measures it, given a seed. The first row of a group is what the others are
 # compared with.
 GROUPS = {
-    "REINFORCE, CartPole-v1": {
+    "reinforce": {
         "the tutorial's program, mended only to run": tutorial,
         "reinforce_cartpole.py": lambda seed: ours("reinforce_cartpole", seed),
         "reinforce_cartpole.py, closest to the textbook": lambda seed: ours("reinforce_cartpole", seed, *TEXTBOOK),
+    },
+    "dqn": {
+        "CleanRL's dqn.py": lambda seed: cleanrl("dqn", seed, *DQN, first=11_000),
+        "dqn_cartpole.py": lambda seed: ours(
+            "dqn_cartpole", seed, *OUR_DQN, "--num-envs", 10, "--hidden-size", 128, first=11_000
+        ),
+        "dqn_cartpole.py, one environment": lambda seed: ours(
+            "dqn_cartpole", seed, *OUR_DQN, "--num-envs", 1, "--hidden-size", 128, first=11_000
+        ),
+    },
+    "dqn_atari": {
+        "CleanRL's dqn_atari.py": lambda seed: cleanrl("dqn_atari", seed, *ATARI, first=1_500),
+        "dqn_atari.py, bfloat16": lambda seed: ours("dqn_atari", seed, *ATARI, "--precision", "bfloat16", first=1_500),
+        "dqn_atari.py, float32": lambda seed: ours("dqn_atari", seed, *ATARI, "--precision", "float32", first=1_500),
     },
 }
 
@@ -57,19 +105,27 @@ GROUPS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    print(f"`python tests/benchmarks/speed.py --rounds {rounds}`, {time.strftime('%Y-%m-%d')}, {processor()}, ", end="")
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, default=["reinforce"])
+    parser.add_argument("--cleanrl", help="a clone of CleanRL")
+    parser.add_argument("--cleanrl-python", default=sys.executable)
+    options = parser.parse_args()
+    CLEANRL.folder, CLEANRL.python = options.cleanrl, options.cleanrl_python
+    print(f"`python tests/benchmarks/speed.py {' '.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d')}, {processor()}, ", end="")
     print(f"{os.cpu_count()} cores, torch {version('torch')}, gymnasium {version('gymnasium')}\n")
-    for group, rows in GROUPS.items():
-        speeds = {name: [] for name in rows}
-        for seed in range(1, rounds + 1):
-            for name, measure in rows.items():
-                speeds[name].append(measure(seed))
-        base = speeds[next(iter(rows))]
-        print(f"| {group} | steps/s, median | lowest to highest | times the first row, median of the pairs |\n|-|-:|-:|-:|")
-        for name, values in speeds.items():
-            ratio = statistics.median(value / first for value, first in zip(values, base))
-            print(f"| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio:.1f} |")
+    for group in options.groups:
+        rows = {name: [] for name in GROUPS[group] if options.cleanrl or "CleanRL" not in name}
+        for seed in range(1, options.rounds + 1):
+            for name, results in rows.items():
+                results.append(GROUPS[group][name](seed))
+        base = rows[next(iter(rows))]
+        print(f"| {group} | steps/s, median | lowest to highest | times the first row, median of the pairs | peak memory, GB |")
+        print("|-|-:|-:|-:|-:|")
+        for name, results in rows.items():
+            speeds, memory = [speed for speed, _ in results], max(memory for _, memory in results)
+            ratio = statistics.median(speed / first for speed, (first, _) in zip(speeds, base))
+            print(f"| {name} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} ", end="")
+            print(f"| {ratio:.1f} | {memory:.2f} |")
+        print()
 
 
 if __name__ == "__main__":
