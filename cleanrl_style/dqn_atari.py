@@ -69,6 +69,7 @@ class Args:
     total_timesteps: int = 10_000_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-4  # step size of Adam
+    adam_epsilon: float = 1.5e-4  # is added to the root of Adam's second moment
     anneal_lr: bool = False  # lower the learning rate linearly towards 0 at the end of the run
     num_envs: int = 4  # environments that are stepped side by side (N)
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
@@ -117,8 +118,9 @@ class Args:
         for name in ("checkpoint_frequency", "num_threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate must be a positive number, not {self.learning_rate}")
+        for name in ("learning_rate", "adam_epsilon"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
         if self.learning_starts < max(self.batch_size, (STACK + 2) * self.num_envs):
@@ -215,13 +217,13 @@ class QNetwork(nn.Module):
     def __init__(self, num_actions: int, bfloat16: bool) -> None:
         super().__init__()
         self.bfloat16 = bfloat16
-        self.layers = nn.Sequential(
+        self.features = nn.Sequential(
             nn.Conv2d(STACK, 32, 8, stride=4), nn.ReLU(),  # (B, 32, 20, 20)
             nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),  # (B, 64, 9, 9)
             nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten(),  # (B, 64 * 7 * 7)
             nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
-            nn.Linear(512, num_actions),
         )  # fmt: skip
+        self.head = nn.Linear(512, num_actions)
         self.to(memory_format=torch.channels_last)  # the faster order in memory: the 4 frames of a pixel side by side
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -229,7 +231,8 @@ class QNetwork(nn.Module):
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
         pixels = obs.to(dtype, memory_format=torch.channels_last) / 255
         with torch.autocast(obs.device.type, dtype, enabled=self.bfloat16):
-            return self.layers(pixels).float()
+            features = self.features(pixels)
+        return self.head(features.float())  # bfloat16 has 3 digits, too few for the small differences between actions
 
 
 def make_network(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> QNetwork:
@@ -433,7 +436,7 @@ def train(args: Args) -> Path:
     envs, num_envs = make_envs(args, args.num_envs), args.num_envs
     q_network, target_network = make_network(args, envs, device), make_network(args, envs, device)
     target_network.load_state_dict(q_network.state_dict())
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
     if args.resume is None:
         refuse_too_large(args)
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)

@@ -56,23 +56,23 @@ RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 class Args:
     env_id: str = "CartPole-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
     seed: int = 1  # of the network, the actions and the environments
-    total_timesteps: int = 50_000  # environment steps to train for, at least
+    total_timesteps: int = 100_000  # environment steps to train for, at least
 
-    learning_rate: float = 2.3e-3  # step size of Adam
+    learning_rate: float = 2.5e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
     num_envs: int = 4  # environments that are stepped side by side (N)
-    buffer_size: int = 50_000  # transitions that the replay buffer holds
+    buffer_size: int = 100_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
     tau: float = 1.0  # share of the Q-network that goes into the target network at each of its updates; 1: a copy
-    target_network_frequency: int = 250  # environment steps between updates of the target network
-    batch_size: int = 128  # transitions in one gradient step (B)
+    target_network_frequency: int = 500  # environment steps between updates of the target network
+    batch_size: int = 64  # transitions in one gradient step (B)
     start_e: float = 1.0  # epsilon, the probability of a random action, at the start
     end_e: float = 0.05  # epsilon at the end of its decay
     exploration_fraction: float = 0.2  # share of total-timesteps that the decay takes
     learning_starts: int = 1_000  # environment steps before the first gradient step
-    train_frequency: int = 4  # environment steps for one gradient step
+    train_frequency: int = 2  # environment steps for one gradient step
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
-    hidden_size: int = 128  # units in each of the network's two hidden layers
+    hidden_size: int = 64  # units in each of the network's two hidden layers
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
@@ -196,10 +196,13 @@ class ReplayBuffer:
     """The last transitions, as many as `size`, in a ring: once it is full, the newest takes the place of the oldest."""
 
     def __init__(self, size: int, obs_size: int) -> None:
-        self.rows = Batch(
-            torch.zeros(size, obs_size), torch.zeros(size, dtype=torch.int64), torch.zeros(size),
-            torch.zeros(size, obs_size), torch.zeros(size, dtype=torch.bool),
-        )  # fmt: skip
+        try:
+            self.rows = Batch(
+                torch.zeros(size, obs_size), torch.zeros(size, dtype=torch.int64), torch.zeros(size),
+                torch.zeros(size, obs_size), torch.zeros(size, dtype=torch.bool),
+            )  # fmt: skip
+        except RuntimeError:  # PyTorch has no MemoryError
+            fail(f"--buffer-size {size}: so many transitions do not fit into memory")
         self.arrays = [part.numpy() for part in self.rows]  # the same memory, where writing one row is quicker
         self.size, self.num_added = size, 0
 

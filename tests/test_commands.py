@@ -235,17 +235,22 @@ def test_a_bar_in_a_log_file_is_short(reference):
 # ---- Resuming -------------------------------------------------------------------------------------------------------
 
 
-def kill_at(bench, arguments, checkpoints, pause):
-    """Starts a run, lets it write so many checkpoints, waits a little, and kills it. Returns its folder."""
-    process = bench.start(*arguments)
-    run_dir = bench.folder / process.stdout.readline().removeprefix("Training in ").strip()
+def wait_for_checkpoints(process, run_dir, count):
+    """Until so many were written, the first of them before training starts; or until the run ends."""
     seen, written = 0, None
-    while seen < checkpoints and process.poll() is None:
+    while seen < count and process.poll() is None:
         try:
             now = (run_dir / "checkpoint.pt").stat().st_ino
         except FileNotFoundError:
             continue
         seen, written = seen + (now != written), now
+
+
+def kill_at(bench, arguments, checkpoints, pause):
+    """Starts a run, lets it write so many checkpoints, waits a little, and kills it. Returns its folder."""
+    process = bench.start(*arguments)
+    run_dir = bench.folder / process.stdout.readline().removeprefix("Training in ").strip()
+    wait_for_checkpoints(process, run_dir, checkpoints)
     time.sleep(pause)
     process.kill()
     process.communicate()
@@ -311,9 +316,7 @@ def test_a_moved_folder_resumes(bench, tiny, reference):
 def test_ctrl_c_says_how_to_go_on(bench, tiny):
     process = bench.start(*tiny, "--total-timesteps", 10**7)
     run_dir = bench.folder / process.stdout.readline().removeprefix("Training in ").strip()
-    first = (run_dir / "checkpoint.pt").stat().st_ino
-    while process.poll() is None and (run_dir / "checkpoint.pt").stat().st_ino == first:
-        time.sleep(0.1)
+    wait_for_checkpoints(process, run_dir, 2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -602,6 +605,7 @@ OWN_BAD_ARGUMENTS = {
         ("--env-id ALE/Breakout-v9", "v5"),
         ("--sticky-actions 2", "--sticky-actions"),
         ("--eval-epsilon -1", "--eval-epsilon"),
+        ("--adam-epsilon 0", "--adam-epsilon"),
         ("--num-threads -1", "--num-threads"),
         ("--precision float16", "--precision"),
         ("--loss hubert", "huber"),

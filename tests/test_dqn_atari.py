@@ -305,7 +305,7 @@ def test_env_seeds_never_meet_and_fit_the_emulator():
 
 def test_the_network_is_that_of_the_paper():
     network = script.QNetwork(18, bfloat16=False)
-    shapes = [tuple(layer.weight.shape) for layer in network.layers if hasattr(layer, "weight")]
+    shapes = [tuple(layer.weight.shape) for layer in [*network.features, network.head] if hasattr(layer, "weight")]
     assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512)]
     assert network(torch.zeros(2, 4, 84, 84, dtype=torch.uint8)).shape == (2, 18)
 
@@ -320,8 +320,9 @@ def test_the_network_against_its_layers_written_out():
     """Pixels from 0 to 1; the order in memory changes nothing."""
     network, obs = script.QNetwork(4, bfloat16=False), random_batch().obs
     x = obs.double() / 255
-    for layer in network.layers.double():
+    for layer in network.double().features:
         x = layer(x)
+    x = network.head(x)
     torch.testing.assert_close(network.float()(obs).double(), x, rtol=1e-4, atol=1e-5)
 
 
@@ -332,6 +333,15 @@ def test_bfloat16_is_float32_within_its_rounding():
     assert rounded(obs).dtype == torch.float32
     torch.testing.assert_close(rounded(obs), exact(obs), rtol=0.05, atol=0.01)
     assert not torch.equal(rounded(obs), exact(obs))
+
+
+def test_bfloat16_tells_actions_apart_whose_values_differ_by_a_thousandth():
+    """Around 2, bfloat16 itself has steps of 1/64. Pong's actions differ by less than that for a long time."""
+    network = script.QNetwork(4, bfloat16=True)
+    with torch.no_grad():
+        network.head.weight.zero_()
+        network.head.bias.copy_(torch.tensor([2.0, 2.001, 2.002, 2.003]))
+    torch.testing.assert_close(network(random_batch().obs)[0], torch.tensor([2.0, 2.001, 2.002, 2.003]))
 
 
 @pytest.mark.slow
@@ -509,20 +519,20 @@ def test_the_target_network_moves_when_it_is_due_and_only_then(tmp_path, capsys,
     original, move = script.update, script.update_target
 
     def update(q_network, target_network, *others):
-        before = target_network.layers[0].weight.clone()
+        before = target_network.features[0].weight.clone()
         result = original(q_network, target_network, *others)
-        assert torch.equal(before, target_network.layers[0].weight)
+        assert torch.equal(before, target_network.features[0].weight)
         history.append("update")
         return result
 
     def update_target(target_network, q_network, by):
-        before, online = target_network.layers[0].weight.clone(), q_network.layers[0].weight.clone()
+        before, online = target_network.features[0].weight.clone(), q_network.features[0].weight.clone()
         assert by == tau
         move(target_network, q_network, by)
-        torch.testing.assert_close(target_network.layers[0].weight, before + tau * (online - before))
-        assert torch.equal(q_network.layers[0].weight, online)
-        assert (tau < 1) or torch.equal(target_network.layers[0].weight, online)
-        assert not target_network.layers[0].weight.grad_fn
+        torch.testing.assert_close(target_network.features[0].weight, before + tau * (online - before))
+        assert torch.equal(q_network.features[0].weight, online)
+        assert (tau < 1) or torch.equal(target_network.features[0].weight, online)
+        assert not target_network.features[0].weight.grad_fn
         history.append("target")
 
     monkeypatch.setattr(script, "update", update)
@@ -567,7 +577,8 @@ class FixedGames(script.OwnEnvs):
         obs, _, terminated, truncated, info = super().recv()
         self.t = np.where(self.t > self.n, 0, self.t + 1)  # the step that begins a new game is none of it
         self.games += self.t == 0
-        return obs, np.where(self.t == 0, 0, 10.0**self.games), terminated, truncated, info | {"episode_frame_number": self.t}
+        rewards = np.where(self.t == 0, 0, 10.0**self.games)
+        return obs, rewards, terminated, truncated, info | {"episode_frame_number": self.t}
 
     def reset(self, **keywords):
         self.t, self.games = np.zeros((2, self.num_envs), int)
@@ -584,7 +595,7 @@ def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch)
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
     reference, _ = train(tmp_path, capsys)
     for changed in (
-        {"seed": 2}, {"learning_rate": 1e-3}, {"anneal_lr": True}, {"num_envs": 3}, {"buffer_size": 100},
+        {"seed": 2}, {"learning_rate": 1e-3}, {"adam_epsilon": 1e-8}, {"anneal_lr": True}, {"num_envs": 3}, {"buffer_size": 100},
         {"gamma": 0.5}, {"tau": 0.5}, {"target_network_frequency": 80}, {"batch_size": 5}, {"start_e": 0.5},
         {"end_e": 0.5}, {"exploration_fraction": 1.0}, {"learning_starts": 60}, {"train_frequency": 8},
         {"double_q": True}, {"loss": "squared"}, {"precision": "bfloat16"}, {"checkpoint_frequency": 100},
