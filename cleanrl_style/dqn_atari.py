@@ -224,6 +224,10 @@ class QNetwork(nn.Module):
             nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(512, num_actions)
+        for layer in self.features:  # PyTorch's own start shrinks the signal in every layer, until it drowns (He, 2015)
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)  # the faster order in memory: the 4 frames of a pixel side by side
 
     def forward(self, obs: Tensor) -> Tensor:

@@ -12,17 +12,18 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
 
              y    = r + gamma * max_a' Q_target(s', a')      the target; y = r if the episode terminated in s'
-             loss = mean of (Q(s, a) - y)^2 over B transitions (s, a, r, s')
+             loss = mean of (Q(s, a) - y)^2                  over B transitions (s, a, r, s')
 
-         The transitions come from a replay buffer, at random: neighbours in time are too alike to learn from. Q_target is
-         a copy of the network from a while ago, so that the target does not run away from the network that follows it.
-         With probability epsilon, which decays, an action is random: else nothing new would ever be tried.
-Differs  Adam in place of RMSProp, and a learning rate that falls to 0, so that the policy settles. A small network, as
-         there are no pixels. N environments are stepped at a time, and all begin new episodes at a checkpoint, since
-         the state of an environment cannot be saved. A time limit is no end: what would have followed is estimated.
-Shapes   N environments; B transitions of a batch; A actions; O numbers of an observation.
+         The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
+         Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
+         follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
+Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that the policy settles; the plain square of
+         the error; a small network, as there are no pixels. N environments are stepped side by side, and all begin new
+         episodes at a checkpoint, since the state of an environment cannot be saved. A time limit is no end: what would
+         have followed is estimated.
+Shapes   N environments; B transitions of a batch; O numbers of an observation; A actions.
 Run      python dqn_cartpole.py
-Expect   Return
+Expect   TODO
 """
 
 import os

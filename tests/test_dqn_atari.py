@@ -113,8 +113,8 @@ def drawn(buffer, draws=400):
 @pytest.mark.parametrize("rounds", [6, 15, 20, 21, 50, 173])
 def test_exactly_the_real_transitions_are_drawn(tmp_path, rounds):
     """Before the buffer is full, when it just is, and after it has wrapped around: no stack crosses a game's start, the
-    next observation is the true one, also at a truncation and a cut, and whatever is in the buffer is found. Missing are
-    only the oldest rows, whose older frames are gone, and the newest, which waits for its successor."""
+    next observation is the true one, also at a truncation and a cut, and whatever is in the buffer is found. Only the
+    oldest rows are missing, whose older frames are gone, and the newest, which waits for its successor."""
     torch.manual_seed(rounds)
     buffer = script.ReplayBuffer(tmp_path, 20, 3, create=True)
     stream = Stream(buffer, GAMES)
@@ -268,7 +268,7 @@ def test_the_emulator_is_asked_for_the_true_score_and_its_own_actions(monkeypatc
 
 @pytest.mark.parametrize("sticky_actions", [0.0, 0.5])
 def test_sticky_actions_make_the_games_differ(sticky_actions):
-    """From one state by one sequence of actions, with other seeds for the repetitions alone, nothing differs without."""
+    """From one state, by one sequence of actions, the game is one and the same if nothing is repeated at random."""
     games = []
     for seed in (1, 2):
         envs = gym.make_vec(
@@ -308,6 +308,21 @@ def test_the_network_is_that_of_the_paper():
     shapes = [tuple(layer.weight.shape) for layer in [*network.features, network.head] if hasattr(layer, "weight")]
     assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512)]
     assert network(torch.zeros(2, 4, 84, 84, dtype=torch.uint8)).shape == (2, 18)
+
+
+def test_what_the_network_sees_reaches_its_last_layer():
+    """A moving ball, a few of 7056 pixels, is most of what a game's frames differ in. Of that, PyTorch's own start lets
+    so little through that in Pong units died before they learned anything: Q became one number for all states."""
+    torch.manual_seed(0)
+    obs = torch.full((50, 4, 84, 84), 87, dtype=torch.uint8)
+    for i in range(50):
+        obs[i, :, 20 + i : 22 + i, 30 + i // 2] = 236
+    network = script.QNetwork(6, bfloat16=False)
+    ours = network.features(obs / 255).std(0).mean()
+    for layer in network.features:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    assert ours > 10 * network.features(obs / 255).std(0).mean()
 
 
 def random_batch(size=8, generator=None):
@@ -423,7 +438,7 @@ def test_losses_and_targets_by_hand():
 class Scripted(gym.Env):
     """Shows pictures with numbers of its own, in an array that it reuses; its games are as long as its seed says.
 
-    The pay is 5 times the action, which a learner sees as 1. Games of an odd length terminate, the others are truncated.
+    The pay is 5 times the action, which a learner sees as 1. Games of an odd length terminate, others are truncated.
     """
 
     observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -595,9 +610,10 @@ def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch)
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
     reference, _ = train(tmp_path, capsys)
     for changed in (
-        {"seed": 2}, {"learning_rate": 1e-3}, {"adam_epsilon": 1e-8}, {"anneal_lr": True}, {"num_envs": 3}, {"buffer_size": 100},
-        {"gamma": 0.5}, {"tau": 0.5}, {"target_network_frequency": 80}, {"batch_size": 5}, {"start_e": 0.5},
-        {"end_e": 0.5}, {"exploration_fraction": 1.0}, {"learning_starts": 60}, {"train_frequency": 8},
+        {"seed": 2}, {"learning_rate": 1e-3}, {"adam_epsilon": 1e-8}, {"anneal_lr": True}, {"num_envs": 3},
+        {"buffer_size": 100}, {"gamma": 0.5}, {"tau": 0.5}, {"target_network_frequency": 80}, {"batch_size": 5},
+        {"start_e": 0.5}, {"end_e": 0.5}, {"exploration_fraction": 1.0}, {"learning_starts": 60},
+        {"train_frequency": 8},
         {"double_q": True}, {"loss": "squared"}, {"precision": "bfloat16"}, {"checkpoint_frequency": 100},
     ):  # fmt: skip
         weights, _ = train(tmp_path, capsys, **changed)

@@ -102,7 +102,10 @@ def test_update_finds_the_values_of_value_iteration(double_q):
     expected = np.zeros((6, 3))
     for _ in range(300):
         expected = np.array([
-            [r + (0.0 if end else 0.9 * expected[following].max()) for r, following, end in (process[s, a] for a in range(3))]
+            [
+                r + (0.0 if end else 0.9 * expected[following].max())
+                for r, following, end in (process[s, a] for a in range(3))
+            ]
             for s in range(6)
         ])  # fmt: skip
     q_network, target_network = Table(6, 3), Table(6, 3)
@@ -450,7 +453,8 @@ def test_the_loop_does_each_thing_when_it_is_due(
 
 
 def test_at_the_start_the_target_network_is_the_q_network(tmp_path):
-    state, _ = train(tmp_path, total_timesteps=60, learning_starts=59, train_frequency=1000, target_network_frequency=1000)
+    never = {"train_frequency": 1000, "target_network_frequency": 1000}
+    state, _ = train(tmp_path, total_timesteps=60, learning_starts=59, **never)
     assert all(torch.equal(state["q_network"][key], state["target_network"][key]) for key in state["q_network"])
 
 
@@ -470,7 +474,8 @@ def test_every_episode_is_logged_at_the_step_that_ended_it(tmp_path):
 
 def test_two_episodes_that_end_together_are_both_logged(tmp_path):
     _, scalars = train(tmp_path, env_id="FiveSteps-v0", total_timesteps=100)
-    assert [step for step, _ in scalars["charts/episodic_return"]] == [s for k in range(10, 101, 10) for s in (k - 1, k)]
+    expected = [step for k in range(10, 101, 10) for step in (k - 1, k)]
+    assert [step for step, _ in scalars["charts/episodic_return"]] == expected
     assert {length for _, length in scalars["charts/episodic_length"]} == {5}
 
 
