@@ -24,8 +24,10 @@ Differs  Adam in place of RMSProp. N games are played side by side, and cut at a
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
-         python dqn_atari.py --env-id ALE/Pong-v5
-Expect   TODO
+         python dqn_atari.py --env-id ALE/Pong-v5 --sticky-actions 0.25
+Expect   No game has been played to its end yet, so there is no score to expect; 8,000 steps teach it to catch a ball on
+         84 x 84 pixels (tests/test_learning.py). Two cores of an AMD EPYC do 166 steps a second in bfloat16, 138 in
+         float32, with a gradient step on 32 transitions for every 4; a million steps take 1.7 hours.
 """
 
 import math
@@ -71,7 +73,7 @@ class Args:
     learning_rate: float = 1e-4  # step size of Adam
     adam_epsilon: float = 1.5e-4  # is added to the root of Adam's second moment
     anneal_lr: bool = False  # lower the learning rate linearly towards 0 at the end of the run
-    num_envs: int = 4  # environments that are stepped side by side (N)
+    num_envs: int = 8  # environments that are stepped side by side (N)
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
     tau: float = 1.0  # share of the Q-network that goes into the target network at each of its updates; 1: a copy
@@ -233,7 +235,7 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Frames (B, 4, 84, 84) of uint8 -> Q(s, .) (B, A) in float32."""
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
-        pixels = obs.to(dtype, memory_format=torch.channels_last) / 255
+        pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype) / 255
         with torch.autocast(obs.device.type, dtype, enabled=self.bfloat16):
             features = self.features(pixels)
         return self.head(features.float())  # bfloat16 has 3 digits, too few for the small differences between actions
@@ -319,7 +321,7 @@ class ReplayBuffer:
 
     Row t holds the newest frame of each observation t; the other three are in the rows before, the next observation's
     newest is in the row after. So five rows hold both observations of a transition, and a row waits for its successor
-    before it can be drawn. `ages` says how many frames of its game are before it: beyond the start, frames are 0.
+    before it can be drawn. `ages` says how many frames of its game are before it, up to 4: before those, all is 0.
     `valid` is False where a row holds only the last frame of a game, whose action led nowhere.
 
     What a run writes after a checkpoint is not what a run that resumes from there remembers. So rows that are about to
@@ -358,7 +360,7 @@ class ReplayBuffer:
             self.overwritten.write(self.file[row])
         self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
         columns = (self.actions, self.rewards, self.terminated, self.ages, self.valid)
-        for column, values in zip(columns, (actions, np.sign(rewards), terminated, ages, valid)):
+        for column, values in zip(columns, (actions, np.sign(rewards), terminated, np.minimum(ages, STACK), valid)):
             column[row] = torch.from_numpy(values)
         self.rows_written += 1
 
@@ -413,9 +415,10 @@ class ReplayBuffer:
 
 def refuse_too_large(args: Args) -> None:
     """A buffer that does not fit is refused at once, not when it fills up, hours later."""
-    runs_dir = Path(args.runs_dir).resolve()
-    folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
-    room = {"disk": shutil.disk_usage(folder).free}
+    runs_dir, room = Path(args.runs_dir).resolve(), {}
+    if args.resume is None:  # else the file is there
+        folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+        room["disk"] = shutil.disk_usage(folder).free
     if Path("/proc/meminfo").exists():  # Linux
         (kilobytes,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
         room["memory"] = int(kilobytes) * 1024
@@ -441,8 +444,7 @@ def train(args: Args) -> Path:
     q_network, target_network = make_network(args, envs, device), make_network(args, envs, device)
     target_network.load_state_dict(q_network.state_dict())
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
-    if args.resume is None:
-        refuse_too_large(args)
+    refuse_too_large(args)
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
     buffer = ReplayBuffer(run_dir, -(-args.buffer_size // num_envs), num_envs, create=args.resume is None)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
@@ -471,7 +473,7 @@ def train(args: Args) -> Path:
                 if obs is None:  # at the start and after each checkpoint: new games, given by seed and step alone
                     obs, info = envs.reset(seed=env_seeds(args.seed, (TRAINING, global_step), num_envs))
                     frame_numbers, metrics = info["episode_frame_number"], {}
-                    ages, scores, lengths = np.zeros((3, num_envs), dtype=np.int64)
+                    scores, lengths = np.zeros((2, num_envs), dtype=np.int64)
                 if args.anneal_lr:
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
@@ -493,9 +495,8 @@ def train(args: Args) -> Path:
                 # Store. A frame number that falls tells of a new game: the step before ended one, this led nowhere.
                 next_obs, rewards, terminated, _, info = envs.recv()
                 new_game = info["episode_frame_number"] < frame_numbers
-                buffer.add(obs, ages, actions.numpy(), rewards, terminated, ~new_game)
+                buffer.add(obs, lengths, actions.numpy(), rewards, terminated, ~new_game)
                 obs, frame_numbers = next_obs, info["episode_frame_number"]
-                ages = np.where(new_game, 0, np.minimum(ages + 1, STACK))
 
                 # Log, save. Environment i's step in this round has number global_step - N + 1 + i of all.
                 for i in np.flatnonzero(new_game):
@@ -515,7 +516,7 @@ def train(args: Args) -> Path:
                         bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
                     bar.update(min(global_step, args.total_timesteps) - bar.n)
                 if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
-                    buffer.add(obs, ages, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
+                    buffer.add(obs, lengths, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
                     save()
                     obs = None
     except (FloatingPointError, KeyboardInterrupt) as error:

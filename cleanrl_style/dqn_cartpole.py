@@ -23,7 +23,12 @@ Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that
          have followed is estimated.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; A actions.
 Run      python dqn_cartpole.py
-Expect   TODO
+         python dqn_cartpole.py --env-id Acrobot-v1 --learning-rate 1e-3 --buffer-size 50000 --batch-size 128
+             --train-frequency 4 --end-e 0.1 --exploration-fraction 0.12
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
+         one core of an AMD EPYC that had other work, too, start-up and evaluation included:
+             CartPole-v1  488.6 (386.4 to 500.0)   100k steps   60 s   nine seeds of ten reached 500.0
+             Acrobot-v1   -87.6 (-99.1 to -81.6)   100k steps   59 s
 """
 
 import os

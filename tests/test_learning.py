@@ -76,6 +76,25 @@ def test_reinforce_finds_the_delayed_reward_of_two_states(reinforce, seed):
 
 # ---- DQN ------------------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def dqn(tmp_path):
+    return Bench(ROOT / "cleanrl_style" / "dqn_cartpole.py", tmp_path)
+
+
+@pytest.mark.slow
+def test_dqn_default_run_solves_cartpole(dqn):
+    assert final_return(dqn.run("--seed", 1, timeout=600)) >= 475
+
+
+@pytest.mark.parametrize("flags", ["", "--double-q --tau 0.02 --target-network-frequency 4 --num-envs 1"])
+def test_dqn_finds_the_delayed_reward_of_two_states(dqn, flags):
+    """Among 2 states and 2 actions there is no reason to miss it."""
+    (dqn.folder / "two_states.py").write_text(TWO_STATES)
+    few = ["--env-id", "two_states:TwoStates-v0", "--total-timesteps", 6000, "--eval-episodes", 1]
+    assert final_return(dqn.run(*few, *flags.split())) == 9.0
+
+
 CATCH = """
 import gymnasium as gym
 import numpy as np

@@ -25,6 +25,10 @@ PICTURES = {
         ),
         ("Acrobot-v1", {"reinforce_cartpole__Acrobot-v1": "400k steps"}, {"-100": -100}, (-520, -50)),
     ],
+    "dqn_cartpole.png": [
+        ("CartPole-v1", {"dqn_cartpole__CartPole-v1": "default"}, {"solved: 475": 475}, (0, 520)),
+        ("Acrobot-v1", {"dqn_cartpole__Acrobot-v1": "100k steps"}, {"-100": -100}, (-520, -50)),
+    ],
 }
 
 
