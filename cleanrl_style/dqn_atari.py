@@ -418,7 +418,7 @@ def refuse_too_large(args: Args) -> None:
     runs_dir, room = Path(args.runs_dir).resolve(), {}
     if args.resume is None:  # else the file is there
         folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
-        room["disk"] = shutil.disk_usage(folder).free
+        room[f"disk in {folder}"] = shutil.disk_usage(folder).free
     if Path("/proc/meminfo").exists():  # Linux
         (kilobytes,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
         room["memory"] = int(kilobytes) * 1024
