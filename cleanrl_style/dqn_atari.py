@@ -17,10 +17,11 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
          Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
          follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
-Differs  Adam in place of RMSProp. N games are played side by side, and cut at a checkpoint, since an emulator cannot be
-         saved. Each frame is stored once, in a file. As in the paper, there is one gradient step for four steps,
-         rewards are clipped to -1, 0 and 1, and the loss of a life ends an episode; all this for the learner only,
-         for what is logged is the true score of whole games.
+Differs  Adam in place of RMSProp, and a start of the network that lets the signal through (He et al. 2015). N games are
+         played side by side, and cut at a checkpoint, since an emulator cannot be saved. Each frame is stored once, in
+         a file. As in the paper, there is one gradient step for four steps, rewards are clipped to -1, 0 and 1, and the
+         loss of a life ends an episode; all this for the learner only, for what is logged is the true score of whole
+         games.
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
@@ -226,7 +227,7 @@ class QNetwork(nn.Module):
             nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(512, num_actions)
-        for layer in self.features:  # PyTorch's own start shrinks the signal in every layer, until it drowns (He, 2015)
+        for layer in self.features:  # PyTorch's own start shrinks the signal in every layer, until it drowns
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
