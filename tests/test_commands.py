@@ -63,7 +63,18 @@ def total_timesteps(tiny):
     return int(tiny[tiny.index("--total-timesteps") + 1])
 
 
-@pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem, scope="module")
+# The short form of the tests, without the slow ones, runs one script as a user does, and the mathematics of all.
+SLOW = pytest.mark.slow
+QUICKEST = "reinforce_cartpole"
+
+
+def marks(script):
+    return [] if script.stem == QUICKEST else [SLOW]
+
+
+@pytest.fixture(
+    params=[pytest.param(path, marks=marks(path)) for path in SCRIPTS], ids=lambda path: path.stem, scope="module"
+)
 def script(request):
     return request.param
 
@@ -255,9 +266,6 @@ def kill_at(bench, arguments, checkpoints, pause):
     process.kill()
     process.communicate()
     return run_dir
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -636,9 +644,11 @@ def refusals(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "case, arguments, word",
-    # What all scripts refuse by the same code is tried with the first of them, and with the others if there is time.
-    [pytest.param(script, *bad, marks=[SLOW] * (script != SCRIPTS[0])) for script in SCRIPTS for bad in BAD_ARGUMENTS]
-    + [(script, *bad) for script in SCRIPTS for bad in OWN_BAD_ARGUMENTS[script.stem]],
+    [
+        pytest.param(script, *bad, marks=marks(script))
+        for script in SCRIPTS
+        for bad in BAD_ARGUMENTS + OWN_BAD_ARGUMENTS[script.stem]
+    ],
     ids=lambda value: getattr(value, "stem", value),
 )
 def test_bad_arguments_are_refused(refusals, case, arguments, word):

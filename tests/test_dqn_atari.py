@@ -607,6 +607,7 @@ def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch)
     assert script.evaluate(script.Args(eval_episodes=4), network, tmp_path) == (2.5, 2.5)
 
 
+@pytest.mark.slow
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
     reference, _ = train(tmp_path, capsys)
     for changed in (

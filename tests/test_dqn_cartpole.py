@@ -645,6 +645,7 @@ def test_actions_count_from_the_start_of_the_action_space(tmp_path):
 # ---- The flags have the effect that they name -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     few = {"total_timesteps": 600}
     reference, _ = train(tmp_path, **few)
