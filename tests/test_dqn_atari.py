@@ -212,7 +212,7 @@ def test_drawing_32_transitions_costs_less_than_2_ms(tmp_path):
 # ---- The emulator ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("game", ["Breakout", "Pong"])
+@pytest.mark.parametrize("game", ["Breakout", pytest.param("Pong", marks=pytest.mark.slow)])
 def test_the_buffer_gives_back_what_the_emulator_showed(tmp_path, game):
     """Pixel by pixel, over lost lives and ends of games."""
     torch.manual_seed(0)
@@ -514,7 +514,10 @@ def test_the_loop_learns_from_what_was_played(tmp_path, capsys, monkeypatch):
     assert any(before[:3] == (0, 0, 0) for before, *_ in learned)
 
 
-@pytest.mark.parametrize("num_envs, train_frequency", [(1, 4), (2, 4), (4, 4), (8, 4), (3, 5), (4, 1)])
+@pytest.mark.parametrize(
+    "num_envs, train_frequency",
+    [(3, 5), (8, 4)] + [pytest.param(*pair, marks=pytest.mark.slow) for pair in [(1, 4), (2, 4), (4, 4), (4, 1)]],
+)
 def test_one_gradient_step_for_so_many_steps_whatever_the_number_of_environments(
     tmp_path, capsys, monkeypatch, num_envs, train_frequency
 ):  # fmt: skip
@@ -528,7 +531,7 @@ def test_one_gradient_step_for_so_many_steps_whatever_the_number_of_environments
     assert len(targets) == sum(step % 40 == 0 for step in range(48, steps + 1))
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.25])
+@pytest.mark.parametrize("tau", [0.25, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_the_target_network_moves_when_it_is_due_and_only_then(tmp_path, capsys, monkeypatch, tau):
     history = []
     original, move = script.update, script.update_target
