@@ -28,7 +28,7 @@ Run      python dqn_atari.py
          python dqn_atari.py --env-id ALE/Pong-v5 --sticky-actions 0.25
 Expect   No game has been played to its end yet, so there is no score to expect; 8,000 steps teach it to catch a ball on
          84 x 84 pixels (tests/test_learning.py). Two cores of an AMD EPYC do 166 steps a second in bfloat16, 138 in
-         float32, with a gradient step on 32 transitions for every 4; a million steps take 1.7 hours.
+         float32, with 4 environments and a gradient step on 32 transitions for every 4 (results/speed.md).
 """
 
 import math
@@ -243,7 +243,7 @@ class QNetwork(nn.Module):
 
 
 def make_network(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> QNetwork:
-    """auto: bfloat16 where the processor has instructions for it, which are twice as fast; else float32."""
+    """auto: bfloat16 where the processor has instructions for it, else float32."""
     has_bfloat16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and has_bfloat16)
     network = QNetwork(int(envs.single_action_space.n), bfloat16).to(device)
@@ -349,6 +349,7 @@ class ReplayBuffer:
         self.ages = torch.zeros(num_rows, num_envs, dtype=torch.uint8)
         self.valid = torch.zeros(num_rows, num_envs, dtype=torch.bool)
         self.rows_written = 0  # in all, so the next one is row rows_written modulo R
+        self.saved_rows = 0  # rows_written at the last checkpoint
         self.overwritten = None  # the second file, new with each checkpoint
 
     def add(
@@ -357,7 +358,7 @@ class ReplayBuffer:
     ) -> None:  # fmt: skip
         """One row: observations (N, 4, 84, 84), of which the newest frame is kept, and five arrays (N,)."""
         row = self.rows_written % self.num_rows
-        if self.rows_written >= self.num_rows and self.overwritten is not None:
+        if self.num_rows <= self.rows_written < self.saved_rows + self.num_rows:  # the row is the checkpoint's
             self.overwritten.write(self.file[row])
         self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
         columns = (self.actions, self.rewards, self.terminated, self.ages, self.valid)
@@ -390,7 +391,8 @@ class ReplayBuffer:
         self.file.flush()
         if self.overwritten is not None:
             self.overwritten.close()
-        self.overwritten = open(self.run_dir / f"replay.overwritten-{self.rows_written}", "wb", buffering=0)
+        self.saved_rows = self.rows_written
+        self.overwritten = open(self.run_dir / f"replay.overwritten-{self.saved_rows}", "wb", buffering=0)
         columns = {name: getattr(self, name)[: self.rows_written] for name in self.COLUMNS}
         return {"rows_written": self.rows_written} | columns
 
@@ -410,7 +412,7 @@ class ReplayBuffer:
     def remove_old_files(self) -> None:
         """To be called when the checkpoint is written, and what led to it will not be needed any more."""
         for path in self.run_dir.glob("replay.overwritten-*"):
-            if path.name != f"replay.overwritten-{self.rows_written}":
+            if path.name != f"replay.overwritten-{self.saved_rows}":
                 path.unlink()
 
 

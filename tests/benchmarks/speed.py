@@ -76,6 +76,7 @@ TEXTBOOK = ["--episodes-per-update", 1, "--no-normalize-returns", "--no-anneal-l
 DQN = ["--total-timesteps", 40_000, "--learning-starts", 10_000, "--start-e", 0.05, "--end-e", 0.05]
 OUR_DQN = [*DQN, "--buffer-size", 10_000, "--train-frequency", 10, "--target-network-frequency", 500, "--batch-size", 128]
 ATARI = ["--total-timesteps", 5_000, "--learning-starts", 1_000, "--buffer-size", 20_000, "--start-e", 0.01]
+OUR_ATARI = [*ATARI, "--num-envs", 4, "--adam-epsilon", 1e-8]
 
 # Each row of the table: its name, and what measures it, given a seed. The first row of a group is what the others are
 # compared with.
@@ -96,8 +97,8 @@ GROUPS = {
     },
     "dqn_atari": {
         "CleanRL's dqn_atari.py": lambda seed: cleanrl("dqn_atari", seed, *ATARI, first=1_500),
-        "dqn_atari.py, bfloat16": lambda seed: ours("dqn_atari", seed, *ATARI, "--precision", "bfloat16", first=1_500),
-        "dqn_atari.py, float32": lambda seed: ours("dqn_atari", seed, *ATARI, "--precision", "float32", first=1_500),
+        "dqn_atari.py, bfloat16": lambda seed: ours("dqn_atari", seed, *OUR_ATARI, "--precision", "bfloat16", first=1_500),
+        "dqn_atari.py, float32": lambda seed: ours("dqn_atari", seed, *OUR_ATARI, "--precision", "float32", first=1_500),
     },
 }
 
