@@ -42,20 +42,41 @@ TINY = {
         "--total-timesteps 4000 --checkpoint-frequency 500 --eval-episodes 2 --num-envs 2 --buffer-size 1000 "
         "--learning-starts 200 --batch-size 8 --train-frequency 20 --eval-epsilon 0.5 --num-threads 1"
     ),
+    "ppo_cartpole": (
+        "--total-timesteps 10000 --checkpoint-frequency 1000 --eval-episodes 6 --norm-obs --norm-reward "
+        "--update-epochs 4"
+    ),
+    "ppo_continuous": (
+        "--total-timesteps 8000 --checkpoint-frequency 1000 --eval-episodes 6 --num-steps 64 --num-minibatches 4 "
+        "--update-epochs 4"
+    ),
+    "ppo_atari": (
+        "--total-timesteps 4000 --checkpoint-frequency 500 --eval-episodes 2 --num-envs 2 --num-steps 25 "
+        "--num-minibatches 2 --update-epochs 1 --num-threads 1"
+    ),
 }
 # What the checkpoint calls the network that plays.
-NETWORK = {"reinforce_cartpole": "policy", "dqn_cartpole": "q_network", "dqn_atari": "q_network"}
+NETWORK = {
+    "reinforce_cartpole": "policy", "dqn_cartpole": "q_network", "dqn_atari": "q_network", "ppo_cartpole": "agent",
+    "ppo_continuous": "agent", "ppo_atari": "agent",
+}  # fmt: skip
 # Gymnasium environments whose spaces the script cannot handle.
 WRONG_SPACES = {
     "reinforce_cartpole": ["Pendulum-v1", "FrozenLake-v1", "Blackjack-v1"],
     "dqn_cartpole": ["Pendulum-v1", "FrozenLake-v1", "Blackjack-v1"],
     "dqn_atari": ["CartPole-v1", "BreakoutNoFrameskip-v4", "Pendulum-v1"],
+    "ppo_cartpole": ["Pendulum-v1", "FrozenLake-v1", "Blackjack-v1"],
+    "ppo_continuous": ["CartPole-v1", "FrozenLake-v1", "Blackjack-v1"],
+    "ppo_atari": ["CartPole-v1", "BreakoutNoFrameskip-v4", "Pendulum-v1"],
 }
 # A setting that no training survives.
 DIVERGES = {
     "reinforce_cartpole": "--learning-rate 1e38",
     "dqn_cartpole": "--learning-rate 1e38 --checkpoint-frequency 100 --total-timesteps 4000",
     "dqn_atari": "--learning-rate 1e38 --learning-starts 200 --buffer-size 1000 --total-timesteps 3000 --num-threads 1",
+    "ppo_cartpole": "--learning-rate 1e38",
+    "ppo_continuous": "--learning-rate 1e38",
+    "ppo_atari": "--learning-rate 1e38 --num-steps 16 --total-timesteps 3000 --num-threads 1",
 }
 
 
@@ -482,6 +503,10 @@ class Line(gym.Env):
 gym.register("Line-v0", entry_point=Line)
 """
 
+CONTINUOUS_MODULE = OWN_MODULE.replace("gym.spaces.Discrete(2, start=7)", "gym.spaces.Box(-2, 1, (1,))").replace(
+    "action == 8", "action[0] > 0"
+)
+
 # The module, and what it takes to learn to go right.
 OWN = {
     "reinforce_cartpole": (OWN_MODULE, "--total-timesteps 20000 --eval-episodes 3"),
@@ -492,9 +517,18 @@ OWN = {
         "--batch-size 8 --exploration-fraction 0.5 --target-network-frequency 100 --gamma 0.5 --eval-epsilon 0 "
         "--num-threads 1",
     ),
+    "ppo_cartpole": (OWN_MODULE, "--total-timesteps 20000 --eval-episodes 3"),
+    "ppo_continuous": (CONTINUOUS_MODULE, "--total-timesteps 20000 --eval-episodes 3 --num-steps 64 --num-minibatches 4"),
+    "ppo_atari": (
+        PIXELS_MODULE,
+        "--total-timesteps 3000 --eval-episodes 3 --learning-rate 1e-3 --num-steps 16 --gamma 0.5 --ent-coef 0 "
+        "--num-threads 1",
+    ),
 }
 # Scripts whose observations can be NaN; uint8 cannot.
-FLOATS = {"reinforce_cartpole", "dqn_cartpole"}
+FLOATS = {"reinforce_cartpole", "dqn_cartpole", "ppo_cartpole", "ppo_continuous"}
+# And those that draw what the network sees, so that there is nothing to ask the environment for.
+PIXELS = {"dqn_atari", "ppo_atari"}
 
 
 def test_own_environment_in_the_current_folder(script, bench):
@@ -507,9 +541,9 @@ def test_own_environment_in_the_current_folder(script, bench):
 
 
 def test_own_environment_that_cannot_be_drawn(script, bench):
-    if script.stem == "dqn_atari":
+    if script.stem in PIXELS:
         pytest.skip("draws what the network sees")
-    (bench.folder / "my_module.py").write_text(OWN_MODULE)
+    (bench.folder / "my_module.py").write_text(OWN[script.stem][0])
     result = bench.run("--env-id", "my_module:Line-v0", "--capture-video")
     is_refused(without_warnings(result), "--capture-video")
     assert not (bench.folder / "runs").exists()
@@ -543,7 +577,7 @@ def test_diverging_weights_stop_the_run(script, bench):
 def test_an_observation_that_is_nan_stops_the_run(script, bench):
     if script.stem not in FLOATS:
         pytest.skip("its observations are whole numbers")
-    (bench.folder / "my_module.py").write_text(OWN_MODULE)
+    (bench.folder / "my_module.py").write_text(OWN[script.stem][0])
     assert "observation" in stops_with_a_finite_checkpoint(bench, "--env-id", "my_module:Poison-v0")
 
 
@@ -603,6 +637,20 @@ REPLAY = [
     ("--buffer-size 10 --learning-starts 200", "--buffer-size"),
     ("--learning-starts 5", "--learning-starts"),
 ]
+PPO = [
+    ("--num-envs 0", "--num-envs"),
+    ("--num-steps 0", "--num-steps"),
+    ("--num-minibatches 0", "--num-minibatches"),
+    ("--num-minibatches 100000", "--num-minibatches"),  # one step each, or none
+    ("--update-epochs 0", "--update-epochs"),
+    ("--gae-lambda 1.1", "--gae-lambda"),
+    ("--clip-coef 0", "--clip-coef"),
+    ("--ent-coef -1", "--ent-coef"),
+    ("--vf-coef nan", "--vf-coef"),
+    ("--max-grad-norm 0", "--max-grad-norm"),
+    ("--target-kl 0", "--target-kl"),
+    ("--target-kl soon", "--target-kl"),
+]
 OWN_BAD_ARGUMENTS = {
     "reinforce_cartpole": [("--episodes-per-update 0", "--episodes-per-update")],
     "dqn_cartpole": [
@@ -623,6 +671,16 @@ OWN_BAD_ARGUMENTS = {
         ("--precision float16", "--precision"),
         ("--loss hubert", "huber"),
         ("--buffer-size 1000000000000", "--buffer-size"),  # 7 million gigabytes
+    ],
+    "ppo_cartpole": PPO,
+    "ppo_continuous": PPO,
+    "ppo_atari": [
+        *PPO,
+        ("--env-id ALE/Breakot-v5", "Breakout"),  # names the nearest
+        ("--env-id ALE/Combat-v5", "Combat"),  # two players
+        ("--sticky-actions 2", "--sticky-actions"),
+        ("--num-threads -1", "--num-threads"),
+        ("--precision float16", "--precision"),
     ],
 }
 
@@ -672,8 +730,8 @@ def test_a_missing_extra_is_named(script, bench):
     (bench.folder / "mujoco.py").write_text("raise ImportError('hidden by the test')")
     (bench.folder / "pygame.py").write_text("raise ImportError('hidden by the test')")
     is_refused(bench.run("--env-id", "HalfCheetah-v5"), "gymnasium[mujoco]")
-    if script.stem != "dqn_atari":
-        is_refused(bench.run("--env-id", "CartPole-v1", "--capture-video"), "gymnasium[classic-control]")
+    if script.stem not in PIXELS:
+        is_refused(bench.run("--capture-video"), "gymnasium[classic-control]")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,10 @@ TAGS = {
     "losses/td_loss",  # of the last gradient step's batch, as is
     "losses/q_values",  # mean of Q(s, a)
     "losses/policy_loss",
+    "losses/value_loss",
+    "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches of an update
+    "losses/clipfrac",  # share of the steps where the policy's ratio is beyond its clip
+    "losses/explained_variance",  # of the returns, by the values before the update
     "losses/entropy",  # of the policy, in nats, mean over the steps
     "eval/episodic_return",  # mean over the evaluation episodes, greedy policy
     "eval/episodic_length",
@@ -62,6 +66,11 @@ OWN_CODE = {
     "sample": "is part of ReplayBuffer",
     "state_dict": "is part of ReplayBuffer",
     "load_state_dict": "is part of ReplayBuffer",
+    "Agent": "networks differ",
+    "make_agent": "networks differ",
+    "act": "policies differ, and those from pixels are too expensive to be asked twice",
+    "make_batch": "policies differ",
+    "play_greedily": "acts as the algorithm does",
 }
 
 MODULE_OF_A_DEPENDENCY = {"numpy": "gymnasium", "PIL": "tensorboard"}  # not named: these packages require them

@@ -1,0 +1,303 @@
+"""What ppo_atari.py has of its own: the network for pixels, and a loop over native emulators.
+
+What it shares with ppo_cartpole.py or dqn_atari.py, word for word, is tested in their files.
+"""
+
+import itertools
+
+import gymnasium as gym
+import numpy as np
+import ppo_atari as script
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def picture(number):
+    """A frame that says which it is; number 0 is all black, as before a game's start."""
+    frame = np.zeros((84, 84), np.uint8)
+    frame[0, :4] = np.frombuffer(np.uint32(number).tobytes(), np.uint8)
+    return frame
+
+
+def number(frame):
+    return int(np.frombuffer(np.asarray(frame)[0, :4].tobytes(), np.uint32)[0])
+
+
+def numbers(frames):
+    return tuple(number(frame) for frame in frames)
+
+
+# ---- The network ----------------------------------------------------------------------------------------------------
+
+
+def frames(size=8):
+    return torch.randint(0, 256, (size, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_network_is_that_of_the_paper_with_two_heads():
+    agent = script.Agent(18, bfloat16=False, norm_obs=False)
+    layers = [*agent.features, agent.actor, agent.critic]
+    shapes = [tuple(layer.weight.shape) for layer in layers if hasattr(layer, "weight")]
+    assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512), (1, 512)]
+    logits, values = agent(frames(2))
+    assert logits.shape == (2, 18) and values.shape == (2,)
+
+
+def test_it_starts_orthogonal_and_the_policy_without_a_bias():
+    torch.manual_seed(0)
+    agent = script.Agent(6, bfloat16=False, norm_obs=False)
+    layers = [layer for layer in [*agent.features, agent.actor, agent.critic] if hasattr(layer, "weight")]
+    for layer, gain in zip(layers, [2**0.5] * 4 + [0.01, 1.0]):
+        matrix = layer.weight.flatten(1)
+        matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        torch.testing.assert_close(matrix @ matrix.T, gain**2 * torch.eye(len(matrix)), atol=1e-4, rtol=0)
+        assert not layer.bias.any()
+    assert (agent(frames())[0].softmax(-1) - 1 / 6).abs().max() < 0.02
+
+
+def test_the_network_against_its_layers_written_out():
+    """Pixels from 0 to 1; the order in memory changes nothing."""
+    agent, obs = script.Agent(4, bfloat16=False, norm_obs=False), frames()
+    x = obs.double() / 255
+    for layer in agent.double().features:
+        x = layer(x)
+    logits, values = agent.actor(x), agent.critic(x).squeeze(1)
+    found = agent.float()(obs)
+    torch.testing.assert_close(found[0].double(), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), values, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_float32_within_its_rounding():
+    torch.manual_seed(0)
+    exact, rounded, obs = script.Agent(4, False, False), script.Agent(4, True, False), frames()
+    rounded.load_state_dict(exact.state_dict())
+    for ours, theirs in zip(rounded(obs), exact(obs)):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
+    assert not torch.equal(rounded(obs)[1], exact(obs)[1])
+
+
+def example_batch(size=8):
+    obs, generator = frames(size), torch.Generator().manual_seed(1)
+    noise = torch.randn(3, size, generator=generator)
+    return script.Batch(obs, torch.arange(size) % 4, torch.full((size,), -1.4), *noise)
+
+
+@pytest.mark.slow
+def test_compiled_networks_compute_the_same():
+    """A training step, too. Needs a compiler, and half a minute."""
+    args, results = script.Args(precision="float32"), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        agent = script.Agent(4, bfloat16=False, norm_obs=False)
+        if compiled:
+            agent.compile()
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
+        metrics = script.update(agent, optimizer, example_batch(), args)
+        results.append([metrics["losses/value_loss"], *agent.state_dict().values()])
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-5)
+
+
+def test_policy_and_values_both_move_the_network_they_share():
+    for part, other in (("vf_coef", "ent_coef"), ("ent_coef", "vf_coef")):
+        torch.manual_seed(0)
+        agent = script.Agent(4, bfloat16=False, norm_obs=False)
+        before = agent.features[0].weight.detach().clone()
+        batch = example_batch()._replace(advantages=torch.zeros(8))
+        args = script.Args(**{part: 1.0, other: 0.0, "norm_adv": False})
+        agent.actor.weight.data.normal_()  # the entropy of a uniform policy has no gradient
+        script.update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, args)
+        assert not torch.equal(agent.features[0].weight, before)
+
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+
+class Scripted(gym.Env):
+    """Shows pictures with numbers of its own, in an array that it reuses; its games are as long as its seed says.
+
+    The pay is 5 times the action, which a learner sees as 1. Games of an odd length terminate, others are truncated.
+    """
+
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+    numbers = itertools.count(1)
+    seen = {}  # newest frame -> (frames, action, clipped reward, newest frame after, terminated, truncated)
+    games = []  # (return, length) of each game that ended
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length, self.t, self.total = int(self.np_random.integers(3, 9)), 0, 0
+        self.frames = np.zeros((4, 84, 84), np.uint8)
+        self.frames[-1] = picture(next(self.numbers))
+        return self.frames, {}
+
+    def step(self, action):
+        before = numbers(self.frames)
+        self.frames[:-1] = self.frames[1:].copy()
+        self.frames[-1] = picture(next(self.numbers))
+        self.t, self.total = self.t + 1, self.total + 5 * int(action)
+        over = self.t == self.length
+        terminated, truncated = over and self.length % 2 == 1, over and self.length % 2 == 0
+        after = number(self.frames[-1])
+        Scripted.seen[before[-1]] = (before, int(action), float(np.sign(action)), after, terminated, truncated)
+        if over:
+            Scripted.games.append((self.total, self.t))
+        return self.frames, 5 * int(action), terminated, truncated, {}
+
+
+gym.register("PPOScripted-v0", entry_point=Scripted, disable_env_checker=True)
+
+
+def train(tmp_path, capsys, **settings):
+    """Runs in this process; returns the final weights in one vector and the scalars by tag."""
+    few = dict(
+        env_id="PPOScripted-v0", total_timesteps=240, num_envs=4, num_steps=15, num_minibatches=2, update_epochs=2,
+        eval_episodes=2, checkpoint_frequency=120, precision="float32", learning_rate=3e-3, num_threads=1,
+    )  # fmt: skip
+    Scripted.numbers, Scripted.seen, Scripted.games = itertools.count(1), {}, []
+    run_dir = script.train(script.Args(**few | settings, runs_dir=str(tmp_path)))
+    capsys.readouterr()
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return torch.cat([weights.flatten() for weights in state["agent"].values()]), scalars
+
+
+def recorded(monkeypatch, name):
+    """Every call of a function of the script: its arguments and its result."""
+    calls, function = [], getattr(script, name)
+
+    def recording(*arguments, **keywords):
+        arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        calls.append((arguments, function(*arguments, **keywords)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(script, name, recording)
+    return calls
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 5])
+def test_what_is_learned_from_is_what_was_played(tmp_path, capsys, monkeypatch, num_envs):
+    """Every step of every game, once, as it happened; not the resets between games. The value of its next observation
+    is that of its true one, at a game's end, too, and it ended as it did."""
+    acts, advantages, learned = (recorded(monkeypatch, name) for name in ("act", "gae", "learn"))
+    train(tmp_path, capsys, num_envs=num_envs, num_steps=60 // num_envs, checkpoint_frequency=0)
+    found, shown = [], set()
+    calls_per_rollout = 60 // num_envs + 1
+    for k, ((inputs, found_advantages), ((_, _, batch, _), _)) in enumerate(zip(advantages, learned)):
+        value_of, log_prob_of = {}, {}
+        for (_, obs, *_), (_, log_probs, values) in acts[k * calls_per_rollout : (k + 1) * calls_per_rollout]:
+            for row, log_prob, value in zip(obs, log_probs, values):
+                value_of[number(row[-1])], log_prob_of[number(row[-1])] = value.item(), log_prob.item()
+        shown |= value_of.keys()
+        rewards, values, next_values, terminated, truncated = inputs[:5]
+        assert inputs[5:] == [0.99, 0.95]
+        places = {value.item(): place for place, value in zip(np.ndindex(*values.shape), values.flatten())}
+        for row in range(len(batch.obs)):
+            key = number(batch.obs[row, -1])
+            before, action, reward, after, terminal, limit = Scripted.seen[key]
+            found.append(key)
+            assert numbers(batch.obs[row]) == before and batch.actions[row] == action
+            assert batch.values[row].item() == value_of[key] and batch.log_probs[row].item() == log_prob_of[key]
+            place = places[value_of[key]]
+            assert rewards[place] == reward and terminated[place] == terminal and truncated[place] == limit
+            assert next_values[place].item() == value_of[after]
+            assert batch.advantages[row] == found_advantages[place]
+            assert batch.returns[row] == found_advantages[place] + values[place]
+    last = acts[4 * calls_per_rollout - 1 : 4 * calls_per_rollout]  # seen, but not played any further
+    waiting = {number(row[-1]) for (_, obs, *_), _ in last for row in obs}
+    assert len(advantages) == 4 and len(set(found)) == len(found)
+    assert set(found) == {key for key in shown if key in Scripted.seen} - waiting
+
+
+def test_every_game_is_logged_with_its_true_score(tmp_path, capsys):
+    """Also when two end in one round; not those that a checkpoint cut."""
+    _, scalars = train(tmp_path, capsys, checkpoint_frequency=0)
+    returns, lengths = scalars["charts/episodic_return"], scalars["charts/episodic_length"]
+    assert [step for step, _ in returns] == [step for step, _ in lengths] and len(returns) > 20
+    left = list(Scripted.games)
+    for pair in zip([r for _, r in returns], [n for _, n in lengths]):
+        left.remove(pair)
+    assert len(left) <= 4 + 2 and max(r for _, r in returns) > 5  # ended in the last round; those of the evaluation
+    assert all(0 < step <= 240 for step, _ in returns)
+    rounds = [(step - 1) // 4 for step, _ in returns]
+    assert len(set(rounds)) < len(rounds), "the test needs two games that end together"
+
+
+@pytest.mark.parametrize("anneal_lr", [True, False])
+def test_the_learning_rate_falls_in_a_line_or_stays(tmp_path, capsys, monkeypatch, anneal_lr):
+    rates = []
+    monkeypatch.setattr(script, "learn", lambda agent, optimizer, batch, args: rates.append(
+        (type(optimizer), optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["eps"])) or {})  # fmt: skip
+    _, scalars = train(tmp_path, capsys, anneal_lr=anneal_lr)
+    expected = [3e-3 * (1 - k / 4) if anneal_lr else 3e-3 for k in range(4)]
+    assert rates == [(torch.optim.Adam, pytest.approx(rate), 1e-5) for rate in expected]
+    assert [value for _, value in scalars["charts/learning_rate"]] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
+    reference, _ = train(tmp_path, capsys)
+    for changed in (
+        {"seed": 2}, {"learning_rate": 1e-3}, {"anneal_lr": False}, {"num_envs": 3}, {"num_steps": 10}, {"gamma": 0.5},
+        {"gae_lambda": 0.5}, {"num_minibatches": 3}, {"update_epochs": 1}, {"norm_adv": False}, {"clip_coef": 0.01},
+        {"clip_vloss": False}, {"ent_coef": 0.1}, {"vf_coef": 0.1}, {"max_grad_norm": 0.1}, {"target_kl": 1e-9},
+        {"precision": "bfloat16"}, {"checkpoint_frequency": 60},
+    ):  # fmt: skip
+        weights, _ = train(tmp_path, capsys, **changed)
+        assert not torch.equal(weights, reference), changed
+    weights, _ = train(tmp_path, capsys, exp_name="other", eval_episodes=1)
+    assert torch.equal(weights, reference)
+
+
+class FixedGames(script.OwnEnvs):
+    """Environment n plays games of n + 1 steps, and each step of its game g pays 10 to the power of g."""
+
+    def __init__(self, num_envs):
+        super().__init__(gym.make_vec("PPOScripted-v0", num_envs))
+        self.n = np.arange(num_envs)
+
+    def recv(self):
+        obs, _, terminated, truncated, info = super().recv()
+        self.t = np.where(self.t > self.n, 0, self.t + 1)  # the step that begins a new game is none of it
+        self.games += self.t == 0
+        rewards = np.where(self.t == 0, 0, 10.0**self.games)
+        return obs, rewards, terminated, truncated, info | {"episode_frame_number": self.t}
+
+    def reset(self, **keywords):
+        self.t, self.games = np.zeros((2, self.num_envs), int)
+        return super().reset(**keywords)
+
+
+def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch):
+    """The first game of each, and all of it: lengths 1, 2, 3, 4, each step pays 1."""
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs: FixedGames(num_envs))
+    agent = script.Agent(3, bfloat16=False, norm_obs=False)
+    assert script.evaluate(script.Args(eval_episodes=4), agent, tmp_path) == (2.5, 2.5)
+
+
+@pytest.mark.slow
+def test_a_lost_life_ends_the_learners_episode_and_a_reset_is_no_step(tmp_path, capsys, monkeypatch):
+    """Breakout itself, of five lives: four rows terminate and are followed by a step, the fifth by a reset."""
+    learned, advantages = recorded(monkeypatch, "learn"), recorded(monkeypatch, "gae")
+    _, scalars = train(
+        tmp_path, capsys, env_id="ALE/Breakout-v5", num_envs=2, num_steps=1000, total_timesteps=2000, update_epochs=1,
+        num_minibatches=4,
+    )  # fmt: skip
+    games = len(scalars["charts/episodic_return"])
+    ((_, _, batch, _), _), ((rewards, _, _, terminated, truncated, *_), _) = learned[0], advantages[0]
+    assert games >= 4 and len(batch.obs) == 2000 - games and not truncated.any()
+    assert 5 * games <= terminated.sum() <= 5 * games + 10
+    assert set(rewards.unique().tolist()) == {0.0, 1.0}
+
+
+def test_auto_precision_is_what_the_processor_has(monkeypatch):
+    envs = gym.make_vec("PPOScripted-v0", 1)
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+        assert script.make_agent(script.Args(), envs, torch.device("cpu")).bfloat16 == supported
+    assert script.make_agent(script.Args(precision="bfloat16"), envs, torch.device("cpu")).bfloat16
+    assert not script.make_agent(script.Args(precision="float32"), envs, torch.device("cpu")).bfloat16
