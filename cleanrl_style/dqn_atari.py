@@ -61,6 +61,7 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 SCRIPT = "dqn_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
 LOG_FREQUENCY = 1_000  # steps between points of the losses
+SAMPLE = 1_000  # observations that the statistics take in before each update of the target network
 MAX_FRAMES = 1_000  # that are drawn for an animated picture
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
@@ -87,6 +88,7 @@ class Args:
     train_frequency: int = 4  # environment steps for one gradient step
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
     loss: Literal["huber", "squared"] = "huber"  # huber: the gradient of large errors is that of an error of 1
+    norm_obs: bool = False  # shift and scale observations to mean 0 and deviation 1
     sticky_actions: float = 0.0  # probability that the emulator repeats its last action instead of the new one
     eval_epsilon: float = 0.01  # probability of a random action in evaluation
 
@@ -126,8 +128,8 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
-        if self.learning_starts < max(self.batch_size, (STACK + 2) * self.num_envs):
-            raise ValueError(f"--learning-starts must be at least --batch-size, and {STACK + 2} times --num-envs")
+        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # in so many rows there is one to be drawn
+            raise ValueError("--learning-starts must be at least --batch-size, and 8 times --num-envs")
         if self.buffer_size < self.learning_starts:
             raise ValueError("--buffer-size must be at least --learning-starts")
         if self.learning_starts >= self.total_timesteps:
@@ -136,7 +138,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned. (A checkpoint has one: it cuts the games that are being played.)
+# The arguments that have no part in what is learned. --checkpoint-frequency has one: a checkpoint cuts the games.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "eval_epsilon", "capture_video",
     "compile", "num_threads",
@@ -165,10 +167,11 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         fail(f"cannot make the environment {args.env_id!r}: {error}")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84)
-    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0 and action_space.n <= 256
     if not (frames and obs_space.dtype == np.uint8 and discrete):
         fail(f"needs a game such as ALE/Breakout-v5, or an environment with observations Box(0, 255, (4, 84, 84), "
-             f"uint8) and actions Discrete(n); {args.env_id} has {obs_space} and {action_space}")  # fmt: skip
+             f"uint8), the newest frame last, and actions Discrete(n) with n <= 256; {args.env_id} has {obs_space} "
+             f"and {action_space}")  # fmt: skip
     return envs
 
 
@@ -214,12 +217,33 @@ def env_seeds(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).astype(np.int64) & 0x7FFFFFFF
 
 
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows that it was shown. Being buffers, they are saved and loaded with the network."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Takes in (B, size) more rows: Chan et al. (1979), "Updating formulae", equations 2.1."""
+        total = self.count + len(rows)
+        difference = rows.mean(0) - self.mean
+        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
+        self.variance.copy_((squares + difference.square() * self.count * len(rows) / total) / total)
+        self.mean += difference * len(rows) / total
+        self.count.copy_(total)
+
+
 class QNetwork(nn.Module):
     """Q(s, .): the network of Mnih et al., three convolutions and two linear layers."""
 
-    def __init__(self, num_actions: int, bfloat16: bool) -> None:
+    def __init__(self, num_actions: int, bfloat16: bool, norm_obs: bool) -> None:
         super().__init__()
         self.bfloat16 = bfloat16
+        self.obs_statistics = RunningStatistics(84 * 84) if norm_obs else None  # of each pixel
         self.features = nn.Sequential(
             nn.Conv2d(STACK, 32, 8, stride=4), nn.ReLU(),  # (B, 32, 20, 20)
             nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),  # (B, 64, 9, 9)
@@ -236,7 +260,15 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Frames (B, 4, 84, 84) of uint8 -> Q(s, .) (B, A) in float32."""
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
-        pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype) / 255
+        pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype)
+        if self.obs_statistics is None:
+            pixels /= 255  # from 0 to 1
+        else:  # what never changes is 0, what rarely changes stands out
+            mean, variance = (
+                statistic.view(84, 84).expand(1, STACK, 84, 84).contiguous(memory_format=torch.channels_last)
+                for statistic in (self.obs_statistics.mean, self.obs_statistics.variance)
+            )
+            pixels.sub_(mean.to(dtype)).div_((variance + 1e-8).sqrt().to(dtype)).clamp_(-10, 10)
         with torch.autocast(obs.device.type, dtype, enabled=self.bfloat16):
             features = self.features(pixels)
         return self.head(features.float())  # bfloat16 has 3 digits, too few for the small differences between actions
@@ -246,7 +278,7 @@ def make_network(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
     """auto: bfloat16 where the processor has instructions for it, else float32."""
     has_bfloat16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and has_bfloat16)
-    network = QNetwork(int(envs.single_action_space.n), bfloat16).to(device)
+    network = QNetwork(int(envs.single_action_space.n), bfloat16, args.norm_obs).to(device)
     if args.compile:
         network.compile()
     return network
@@ -320,14 +352,15 @@ def update(
 class ReplayBuffer:
     """The last R rows of N environments. Each frame is stored once, in a file that is mapped into memory.
 
-    Row t holds the newest frame of each observation t; the other three are in the rows before, the next observation's
-    newest is in the row after. So five rows hold both observations of a transition, and a row waits for its successor
-    before it can be drawn. `ages` says how many frames of its game are before it, up to 4: before those, all is 0.
-    `valid` is False where a row holds only the last frame of a game, whose action led nowhere.
+    Row t is the step from t to t+1: the newest frame of observation t, the action, and what came of it. The three older
+    frames of observation t are in the rows before, the newest one of observation t+1 is in the row after. So a row can
+    be drawn when the next one is written, and until the third before it is overwritten. `ages` says how many steps of
+    its game came before a row (4: or more); frames from before the game are 0 in what is drawn. `valid` is False where
+    a row holds only the last observation of a game, or of a game that was cut: nothing came of it.
 
-    What a run writes after a checkpoint is not what a run that resumes from there remembers. So rows that are about to
-    be overwritten go to a second file first, and `load_state_dict` puts them back. That is how a checkpoint of a buffer
-    of gigabytes is written in no time.
+    A checkpoint does not copy gigabytes of frames. But what a run writes after it is not what a run that resumes from
+    there remembers. So rows that are about to be overwritten go to a second file first, and `load_state_dict` puts
+    them back.
     """
 
     def __init__(self, run_dir: Path, num_rows: int, num_envs: int, create: bool) -> None:
@@ -357,9 +390,12 @@ class ReplayBuffer:
         valid: np.ndarray,
     ) -> None:  # fmt: skip
         """One row: observations (N, 4, 84, 84), of which the newest frame is kept, and five arrays (N,)."""
+        if not np.isfinite(rewards).all():
+            raise FloatingPointError("a reward is not finite")
         row = self.rows_written % self.num_rows
         if self.num_rows <= self.rows_written < self.saved_rows + self.num_rows:  # the row is the checkpoint's
-            self.overwritten.write(self.file[row])
+            if self.overwritten.write(self.file[row]) != self.file[row].nbytes:
+                raise OSError(f"the disk of {self.run_dir} is full")
         self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
         columns = (self.actions, self.rewards, self.terminated, self.ages, self.valid)
         for column, values in zip(columns, (actions, np.sign(rewards), terminated, np.minimum(ages, STACK), valid)):
@@ -401,13 +437,13 @@ class ReplayBuffer:
         self.rows_written = state["rows_written"]
         for name in self.COLUMNS:
             getattr(self, name)[: self.rows_written] = state[name]
-        path = self.run_dir / f"replay.overwritten-{self.rows_written}"
-        if path.is_file():
-            row_shape = self.file.shape[1:]
-            rows = np.fromfile(path, np.uint8)
-            rows = rows[: rows.size // math.prod(row_shape) * math.prod(row_shape)].reshape(-1, *row_shape)
-            first = max(self.rows_written, self.num_rows)  # until the buffer is full, nothing is overwritten
-            self.file[(first + np.arange(len(rows))) % self.num_rows] = rows
+        path, row_shape = self.run_dir / f"replay.overwritten-{self.rows_written}", self.file.shape[1:]
+        if not path.is_file():
+            fail(f"{path} is missing: this run can be evaluated, but not resumed")
+        rows = np.fromfile(path, np.uint8)
+        rows = rows[: rows.size // math.prod(row_shape) * math.prod(row_shape)].reshape(-1, *row_shape)
+        first = max(self.rows_written, self.num_rows)  # until the buffer is full, nothing is overwritten
+        self.file[(first + np.arange(len(rows))) % self.num_rows] = rows
 
     def remove_old_files(self) -> None:
         """To be called when the checkpoint is written, and what led to it will not be needed any more."""
@@ -418,22 +454,27 @@ class ReplayBuffer:
 
 def refuse_too_large(args: Args) -> None:
     """A buffer that does not fit is refused at once, not when it fills up, hours later."""
-    runs_dir, room = Path(args.runs_dir).resolve(), {}
-    if args.resume is None:  # else the file is there
-        folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
-        room[f"disk in {folder}"] = shutil.disk_usage(folder).free
+    size, later = args.buffer_size, max(0, args.total_timesteps - args.buffer_size)
+    overwritten = min(args.checkpoint_frequency or later, later, size)  # what the second file may have to hold
+    runs_dir = Path(args.runs_dir).resolve()
+    folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    room = [(f"disk in {folder}", (size if args.resume is None else 0) + overwritten, shutil.disk_usage(folder).free)]
     if Path("/proc/meminfo").exists():  # Linux
         (kilobytes,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        room["memory"] = int(kilobytes) * 1024
-    needed = args.buffer_size * 84 * 84
-    for name, free in room.items():
-        if needed > free:
-            fail(f"--buffer-size needs {needed / 1e9:.1f} GB of {name}, where {free / 1e9:.1f} GB are free")
+        room.append(("memory", size, int(kilobytes) * 1024))
+    for name, frames, free in room:
+        if frames * 84 * 84 > free:
+            fail(f"--buffer-size needs {frames * 84 * 84 / 1e9:.1f} GB of {name}, where {free / 1e9:.1f} GB are free")
 
 
-def times_due(step: int, num_steps: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last num_steps numbers up to step; never, if frequency is 0."""
-    return step // frequency - (step - num_steps) // frequency if frequency else 0
+def newest_frames(obs: Tensor) -> Tensor:
+    """Observations (B, 4, 84, 84) of uint8 -> their newest frames (B, 84 * 84), of which the statistics are kept."""
+    return obs[:, -1].flatten(1).float()
+
+
+def times_due(step: int, count: int, frequency: int) -> int:
+    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
+    return step // frequency - (step - count) // frequency if frequency else 0
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -446,7 +487,10 @@ def train(args: Args) -> Path:
     envs, num_envs = make_envs(args, args.num_envs), args.num_envs
     q_network, target_network = make_network(args, envs, device), make_network(args, envs, device)
     target_network.load_state_dict(q_network.state_dict())
+    target_network.obs_statistics = q_network.obs_statistics  # both see the same
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
+    if args.resume is not None:
+        load_checkpoint(args.resume, args)  # before the buffer is opened, whose size might have been changed
     refuse_too_large(args)
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
     buffer = ReplayBuffer(run_dir, -(-args.buffer_size // num_envs), num_envs, create=args.resume is None)
@@ -460,8 +504,8 @@ def train(args: Args) -> Path:
     writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
-        if not all(weights.isfinite().all() for weights in q_network.parameters()):
-            raise FloatingPointError("a weight is no longer finite")
+        if not all(numbers.isfinite().all() for numbers in q_network.state_dict().values()):
+            raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
         writer.flush()  # the event file must not lag behind the checkpoint
         states = {name: part.state_dict() for name, part in parts.items()}
         counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
@@ -489,13 +533,15 @@ def train(args: Args) -> Path:
 
                 # Learn, while the emulators step: what is due after each of these steps.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
+                    if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
+                        q_network.obs_statistics.update(newest_frames(buffer.sample(SAMPLE).obs).to(device))
                     if step % args.train_frequency == 0:
                         batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
                         metrics = update(q_network, target_network, optimizer, batch, args)
                     if step % args.target_network_frequency == 0:
                         update_target(target_network, q_network, args.tau)
 
-                # Store. A frame number that falls tells of a new game: the step before ended one, this led nowhere.
+                # Store. A frame number that falls tells of a new game: its action was ignored, it is no transition.
                 next_obs, rewards, terminated, _, info = envs.recv()
                 new_game = info["episode_frame_number"] < frame_numbers
                 buffer.add(obs, lengths, actions.numpy(), rewards, terminated, ~new_game)
@@ -519,6 +565,7 @@ def train(args: Args) -> Path:
                         bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
                     bar.update(min(global_step, args.total_timesteps) - bar.n)
                 if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
+                    # One row more, with the last observations. The games are cut, so nothing comes of it: not valid.
                     buffer.add(obs, lengths, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
                     save()
                     obs = None

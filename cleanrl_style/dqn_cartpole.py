@@ -54,6 +54,7 @@ from tqdm import tqdm
 SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
+SAMPLE = 1_000  # observations that the statistics take in before each update of the target network
 MAX_FRAMES = 1_000  # that are drawn for an animated picture
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
@@ -78,6 +79,7 @@ class Args:
     learning_starts: int = 1_000  # environment steps before the first gradient step
     train_frequency: int = 2  # environment steps for one gradient step
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
+    norm_obs: bool = False  # shift and scale observations to mean 0 and deviation 1
     hidden_size: int = 64  # units in each of the network's two hidden layers
 
     exp_name: str = SCRIPT  # part of the run folder's name
@@ -120,7 +122,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned. A checkpoint has one: it cuts the episodes that are being played.
+# The arguments that have no part in what is learned. --checkpoint-frequency has one: a checkpoint cuts episodes.
 HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video"}
 
 
@@ -164,11 +166,32 @@ def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
 
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows that it was shown. Being buffers, they are saved and loaded with the network."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Takes in (B, size) more rows: Chan et al. (1979), "Updating formulae", equations 2.1."""
+        total = self.count + len(rows)
+        difference = rows.mean(0) - self.mean
+        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
+        self.variance.copy_((squares + difference.square() * self.count * len(rows) / total) / total)
+        self.mean += difference * len(rows) / total
+        self.count.copy_(total)
+
+
 class QNetwork(nn.Module):
     """Q(s, .): three linear layers with ReLUs between. Output a is the value of action a."""
 
-    def __init__(self, obs_size: int, num_actions: int, hidden_size: int) -> None:
+    def __init__(self, obs_size: int, num_actions: int, hidden_size: int, norm_obs: bool) -> None:
         super().__init__()
+        self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
         self.layers = nn.Sequential(
             nn.Linear(obs_size, hidden_size), nn.ReLU(),
             nn.Linear(hidden_size, hidden_size), nn.ReLU(),
@@ -177,12 +200,16 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (B, O) -> Q(s, .) (B, A)."""
+        if self.obs_statistics is not None:
+            mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
+            obs = ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)
         return self.layers(obs)
 
 
 def make_network(args: Args, envs: list[gym.Env]) -> QNetwork:
     """A Q-network that fits the environments."""
-    return QNetwork(envs[0].observation_space.shape[0], int(envs[0].action_space.n), args.hidden_size)
+    obs_size, num_actions = envs[0].observation_space.shape[0], int(envs[0].action_space.n)
+    return QNetwork(obs_size, num_actions, args.hidden_size, args.norm_obs)
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -290,9 +317,9 @@ def update(
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
 
-def times_due(step: int, num_steps: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last num_steps numbers up to step; never, if frequency is 0."""
-    return step // frequency - (step - num_steps) // frequency if frequency else 0
+def times_due(step: int, count: int, frequency: int) -> int:
+    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
+    return step // frequency - (step - count) // frequency if frequency else 0
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -307,6 +334,7 @@ def train(args: Args) -> Path:
     first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always from 0
     q_network, target_network = make_network(args, envs).to(device), make_network(args, envs).to(device)
     target_network.load_state_dict(q_network.state_dict())
+    target_network.obs_statistics = q_network.obs_statistics  # both see the same
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     buffer = ReplayBuffer(args.buffer_size, envs[0].observation_space.shape[0])
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
@@ -320,8 +348,8 @@ def train(args: Args) -> Path:
     writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
-        if not all(weights.isfinite().all() for weights in q_network.parameters()):
-            raise FloatingPointError("a weight is no longer finite")
+        if not all(numbers.isfinite().all() for numbers in q_network.state_dict().values()):
+            raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
         writer.flush()  # the event file must not lag behind the checkpoint
         states = {name: part.state_dict() for name, part in parts.items()}
         counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
@@ -356,6 +384,8 @@ def train(args: Args) -> Path:
 
                 # Learn: what is due after each of these steps.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
+                    if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
+                        q_network.obs_statistics.update(buffer.sample(SAMPLE).obs.to(device))
                     if step % args.train_frequency == 0:
                         batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
                         metrics = update(q_network, target_network, optimizer, batch, args.gamma, args.double_q)

@@ -8,11 +8,12 @@
 
 Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
-         equation 16. Comments such as [D3] name what those leave out: the core details D1 to D13 and, for Atari, A1 to
-         A9 of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
-Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, make
-         the better ones more probable and the worse ones less, and do so several times over with the same steps, to
-         save playing. But by no more than a factor of 1 ± epsilon, as they tell about the policy that took them.
+         equation 16. Comments such as [D3] name what makes it work: the core details D1 to D13 and, for Atari, A1 to A9
+         of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
+Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, then
+         go over these steps several times, and make the better actions more probable and the worse ones less. The steps
+         were taken by pi_old and tell little about a policy that is very different. So the loss stops to reward a
+         change of pi(a|s) once its ratio to pi_old(a|s) is further than epsilon from 1.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         better than expected, by one step
              A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage, by all steps to come
@@ -21,10 +22,11 @@ Idea     Play T steps in N environments with the policy pi. Estimate how much be
                        + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
                        - ent_coef * entropy of pi                                              to keep trying
 
-Differs  A time limit is no end: what would have followed is estimated. Games are cut at a checkpoint, since an emulator
-         cannot be saved. Rewards are clipped to -1, 0 and 1, and the loss of a life ends an episode, for the learner
-         only: what is logged is the true score of whole games. Off by default: the end of an update by its KL
-         divergence, and normalised pixels, which are what makes Pong quick.
+Differs  A time limit is no end: V stands for what would have followed. An emulator cannot be saved, so each checkpoint
+         begins new games, and those being played are never scored. For the learner only, a reward becomes its sign and
+         the loss of a life ends an episode; what is logged are the true scores of whole games. On by default, beyond
+         the equations: A is normalised in each minibatch, and the change of V is clipped. Off by default: --target-kl
+         and --norm-obs, which is what makes Pong quick.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; A actions. Row t is the step from t to
          t+1. One step is four frames of the game.
 Run      python ppo_atari.py
@@ -72,18 +74,18 @@ class Args:
     learning_rate: float = 2.5e-4  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
     num_envs: int = 8  # environments that are stepped side by side (N)
-    num_steps: int = 128  # steps in each environment between two rounds of learning (T)
+    num_steps: int = 128  # steps in each environment between two updates (T)
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # share of what comes after the next step in an advantage; 0: V alone, 1: rewards alone
+    gae_lambda: float = 0.95  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all rewards
     num_minibatches: int = 4  # parts of a rollout, one gradient step for each
     update_epochs: int = 4  # times that a rollout is learned from
     norm_adv: bool = True  # shift and scale the advantages of a minibatch to mean 0 and deviation 1
-    clip_coef: float = 0.1  # how far from 1 the ratio of new to old probability may profit (epsilon)
-    clip_vloss: bool = True  # values profit from no more than clip-coef of change either
+    clip_coef: float = 0.1  # how far from 1 the ratio of new to old probability is rewarded (epsilon)
+    clip_vloss: bool = True  # limit the change of V to clip-coef in the value loss, too
     ent_coef: float = 0.01  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
-    target_kl: float | None = None  # end a round of learning early where the policy has changed by more than this
+    target_kl: float | None = None  # end an update after an epoch that changed the policy by more than this, in nats
     norm_obs: bool = False  # shift and scale observations to mean 0 and deviation 1
     sticky_actions: float = 0.0  # probability that the emulator repeats its last action instead of the new one
 
@@ -120,13 +122,13 @@ class Args:
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
-        if self.num_steps * self.num_envs < 4 * self.num_minibatches:  # half of the steps may be resets
+        if self.num_steps // 2 * self.num_envs < 2 * self.num_minibatches:  # half of the steps may be resets
             raise ValueError("--num-minibatches must leave at least 4 of the --num-envs times --num-steps for each")
         if self.resume is not None and self.evaluate is not None:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned. (A checkpoint has one: it cuts the games that are being played.)
+# The arguments that have no part in what is learned. --checkpoint-frequency has one: a checkpoint cuts the games.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video", "compile", "num_threads",
 }  # fmt: skip
@@ -138,9 +140,10 @@ HOUSEKEEPING = {
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """N games. Their observations are the last four frames, (N, 4, 84, 84) of uint8, the newest last, 0 before a start.
 
-    The emulators run in native code, in threads of their own: `send` gives them their actions, `recv` waits for what
-    came of them. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the
-    game is over, the next step ignores its action and begins a new one.
+    The emulators run in native code, in threads of their own [D1]: `send` gives them their actions, `recv` waits for
+    what came of them, in new arrays. They see to no-ops at the start [A1], frame skip [A2], pressing FIRE [A4], frames
+    of 84 x 84 [A5] and stacks [A7]. With life_loss_info [A3], `terminated` is True when a life is lost, too, and the
+    game goes on. When the game is over, the next step ignores its action and begins a new one.
     """
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
@@ -157,7 +160,8 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
     if not (frames and obs_space.dtype == np.uint8 and discrete):
         fail(f"needs a game such as ALE/Breakout-v5, or an environment with observations Box(0, 255, (4, 84, 84), "
-             f"uint8) and actions Discrete(n); {args.env_id} has {obs_space} and {action_space}")  # fmt: skip
+             f"uint8), the newest frame last, and actions Discrete(n); {args.env_id} has {obs_space} and "
+             f"{action_space}")  # fmt: skip
     return envs
 
 
@@ -290,7 +294,7 @@ def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
     gae_lambda: float,
 ) -> Tensor:  # fmt: skip
-    """Generalised advantage estimation (2016, equation 16) [D5]: six of (T, N) -> A (T, N).
+    """Generalised advantage estimation (2016, equation 16) [D5]: five of (T, N) -> A (T, N).
 
     Where an episode terminated, nothing follows, and V(s_{t+1}) counts as 0. Where it was truncated, by a time limit,
     V(s_{t+1}) stands for what would have followed. The sum over later steps stops at either.
@@ -337,7 +341,7 @@ class Batch(NamedTuple):
 
 
 def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """One gradient step on a minibatch [D6] -> metrics."""
+    """One gradient step on the B steps of a minibatch [D6] -> metrics, scalars."""
     logits, values = agent(batch.obs)
     distribution = Categorical(logits=logits, validate_args=False)
     log_ratio = distribution.log_prob(batch.actions) - batch.log_probs
@@ -364,7 +368,7 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
 
 
 def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """All gradient steps on a rollout -> the mean metrics of its minibatches."""
+    """All gradient steps on a rollout: update-epochs times over it -> the means of the minibatches' metrics."""
     metrics = []
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
@@ -388,9 +392,9 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
 
 
-def times_due(step: int, num_steps: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last num_steps numbers up to step; never, if frequency is 0."""
-    return step // frequency - (step - num_steps) // frequency if frequency else 0
+def times_due(step: int, count: int, frequency: int) -> int:
+    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
+    return step // frequency - (step - count) // frequency if frequency else 0
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -423,8 +427,9 @@ class Rollout:
     def batch(self, last_values: Tensor, gamma: float, gae_lambda: float) -> Batch:
         """All the valid steps, with the advantages of their actions; last_values (N,) are V of what is seen now.
 
-        After an episode's last step, the environment shows its last observation, and begins the next one in a step that
-        is not valid. So row t + 1 always holds the true successor of row t, and its value.
+        After a game's last step, the environment shows its last observation; the step after that ignores its action,
+        shows the first observation of a new game, and is not valid. So the next row's value is V(s_{t+1}) of every
+        valid row t, at a game's end, too. (The loss of a life ends an episode without such a step.)
         """
         next_values = torch.cat([self.values[1:], last_values[None]])
         advantages = gae(
@@ -455,8 +460,8 @@ def train(args: Args) -> Path:
     writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
-        if not all(weights.isfinite().all() for weights in agent.parameters()):
-            raise FloatingPointError("a weight is no longer finite")
+        if not all(numbers.isfinite().all() for numbers in agent.state_dict().values()):
+            raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
         writer.flush()  # the event file must not lag behind the checkpoint
         counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
         states = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
@@ -472,13 +477,13 @@ def train(args: Args) -> Path:
                     obs, info = envs.reset(seed=env_seeds(args.seed, (TRAINING, global_step), num_envs))
                     frame_numbers = info["episode_frame_number"]
                     scores, lengths = np.zeros((2, num_envs), dtype=np.int64)
-                    if args.norm_obs and global_step == 0:  # a first idea
+                    if args.norm_obs and global_step == 0:  # before the first rollout, a first idea of the game
                         agent.obs_statistics.update(newest_frames(torch.from_numpy(obs)).to(device))
                 if args.anneal_lr:  # [D4]
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
-                # Act: T steps in every environment. A frame number that falls tells of a new game: the step before
-                # ended one, this led nowhere. Environment i's step in a round is global_step - N + 1 + i of all.
+                # Act: T steps in every environment. A frame number that falls tells that a new game began: this
+                # step's action was ignored, the one before ended a game, which is logged as environment i's step.
                 for t in range(num_steps):
                     actions, log_probs, values = act(agent, torch.from_numpy(obs).to(device))
                     envs.send(actions.numpy())
@@ -525,7 +530,7 @@ def train(args: Args) -> Path:
 
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, run_dir: Path) -> tuple[float, float]:
-    """Plays args.eval_episodes whole games, prints how it went, returns their mean score and length."""
+    """Plays args.eval_episodes whole games side by side, samples the actions, returns mean score and length."""
     torch.manual_seed(args.seed)  # of the random actions
     count, device = args.eval_episodes, next(agent.parameters()).device
     envs, seeds = make_envs(args, count), env_seeds(args.seed, (EVALUATION,), count)

@@ -8,11 +8,12 @@
 
 Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
-         equation 16. Comments such as [D3] name what those leave out: the core details D1 to D13 and, for continuous
+         equation 16. Comments such as [D3] name what makes it work: the core details D1 to D13 and, for continuous
          control, C1 to C9 of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
-Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, make
-         the better ones more probable and the worse ones less, and do so several times over with the same steps, to
-         save playing. But by no more than a factor of 1 ± epsilon, as they tell about the policy that took them.
+Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, then
+         go over these steps several times, and make the better actions more probable and the worse ones less. The steps
+         were taken by pi_old and tell little about a policy that is very different. So the loss stops to reward a
+         change of pi(a|s) once its ratio to pi_old(a|s) is further than epsilon from 1.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         better than expected, by one step
              A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage, by all steps to come
@@ -69,18 +70,18 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
     num_envs: int = 8  # environments that are stepped side by side (N)
-    num_steps: int = 32  # steps in each environment between two rounds of learning (T)
+    num_steps: int = 32  # steps in each environment between two updates (T)
     gamma: float = 0.98  # discount factor
-    gae_lambda: float = 0.8  # share of what comes after the next step in an advantage; 0: V alone, 1: rewards alone
+    gae_lambda: float = 0.8  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all rewards
     num_minibatches: int = 1  # parts of a rollout, one gradient step for each
     update_epochs: int = 20  # times that a rollout is learned from
     norm_adv: bool = True  # shift and scale the advantages of a minibatch to mean 0 and deviation 1
-    clip_coef: float = 0.2  # how far from 1 the ratio of new to old probability may profit (epsilon)
-    clip_vloss: bool = False  # values profit from no more than clip-coef of change either
+    clip_coef: float = 0.2  # how far from 1 the ratio of new to old probability is rewarded (epsilon)
+    clip_vloss: bool = False  # limit the change of V to clip-coef in the value loss, too
     ent_coef: float = 0.0  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
-    target_kl: float | None = None  # end a round of learning early where the policy has changed by more than this
+    target_kl: float | None = None  # end an update after an epoch that changed the policy by more than this, in nats
     norm_obs: bool = False  # shift and scale observations to mean 0 and deviation 1
     norm_reward: bool = False  # scale rewards so that the discounted sum so far has deviation 1
 
@@ -119,7 +120,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned. A checkpoint has one: it cuts the episodes that are being played.
+# The arguments that have no part in what is learned. --checkpoint-frequency has one: a checkpoint cuts episodes.
 HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video"}
 
 
@@ -232,7 +233,8 @@ def scale_rewards(
 ) -> tuple[Tensor, Tensor]:
     """Divides rewards (T, N) by the running deviation of R_t = r_t + gamma * R_{t-1} [C8], and clips them [C9].
 
-    R is 0 before an episode's first step; `before` (N,) is R_{-1}. The second result is that of the next rollout.
+    R is 0 before an episode's first step. `before` (N,) is R just before row 0: what the call for the rollout before
+    returned as its second result, or 0 where new episodes begin.
     """
     sums = torch.empty_like(rewards)
     for t in range(len(rewards)):
@@ -246,7 +248,7 @@ def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
     gae_lambda: float,
 ) -> Tensor:  # fmt: skip
-    """Generalised advantage estimation (2016, equation 16) [D5]: six of (T, N) -> A (T, N).
+    """Generalised advantage estimation (2016, equation 16) [D5]: five of (T, N) -> A (T, N).
 
     Where an episode terminated, nothing follows, and V(s_{t+1}) counts as 0. Where it was truncated, by a time limit,
     V(s_{t+1}) stands for what would have followed. The sum over later steps stops at either.
@@ -284,7 +286,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
 class Batch(NamedTuple):
     """B steps of a rollout. Row b of each:"""
 
-    obs: Tensor  # what the network saw, (B, O)
+    obs: Tensor  # what the environment showed, not normalised, (B, O)
     actions: Tensor  # what was done then, (B,)
     log_probs: Tensor  # log pi_old(a|s), (B,)
     values: Tensor  # V_old(s), (B,)
@@ -297,7 +299,10 @@ def make_batch(
     agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor,
     truncated: Tensor, args: Args,
 ) -> Batch:  # fmt: skip
-    """What there is to learn from a rollout: obs, next_obs (T, N, O) and four of (T, N) -> T * N rows."""
+    """What there is to learn from a rollout: obs, next_obs (T, N, O) and four of (T, N) -> T * N rows.
+
+    next_obs holds an episode's true last observation, not the first one of the next.
+    """
     logits, values = agent(obs)
     _, next_values = agent(next_obs)
     log_probs = Categorical(logits=logits, validate_args=False).log_prob(actions)
@@ -307,7 +312,7 @@ def make_batch(
 
 
 def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """One gradient step on a minibatch [D6] -> metrics."""
+    """One gradient step on the B steps of a minibatch [D6] -> metrics, scalars."""
     logits, values = agent(batch.obs)
     distribution = Categorical(logits=logits, validate_args=False)
     log_ratio = distribution.log_prob(batch.actions) - batch.log_probs
@@ -334,7 +339,7 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
 
 
 def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """All gradient steps on a rollout -> the mean metrics of its minibatches."""
+    """All gradient steps on a rollout: update-epochs times over it -> the means of the minibatches' metrics."""
     metrics = []
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
@@ -353,9 +358,9 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
 
 
-def times_due(step: int, num_steps: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last num_steps numbers up to step; never, if frequency is 0."""
-    return step // frequency - (step - num_steps) // frequency if frequency else 0
+def times_due(step: int, count: int, frequency: int) -> int:
+    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
+    return step // frequency - (step - count) // frequency if frequency else 0
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -380,8 +385,8 @@ def train(args: Args) -> Path:
     writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
-        if not all(weights.isfinite().all() for weights in agent.parameters()):
-            raise FloatingPointError("a weight is no longer finite")
+        if not all(numbers.isfinite().all() for numbers in agent.state_dict().values()):
+            raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
         writer.flush()  # the event file must not lag behind the checkpoint
         states = {name: part.state_dict() for name, part in parts.items()}
         counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
@@ -396,8 +401,6 @@ def train(args: Args) -> Path:
                     seeds = episode_seeds(args.seed, (TRAINING, global_step), num_envs)
                     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
                     returns, lengths, sums = [0.0] * num_envs, [0] * num_envs, torch.zeros(num_envs, device=device)
-                    if args.norm_obs and global_step == 0:  # a first idea
-                        agent.obs_statistics.update(torch.from_numpy(np.array(obs, dtype=np.float32)).to(device))
                 if args.anneal_lr:  # [D4]
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
@@ -420,14 +423,14 @@ def train(args: Args) -> Path:
 
                 # Learn.
                 rows, actions, next_rows, rewards, terminated, truncated = (
-                    torch.from_numpy(np.array(part)).to(device) for part in zip(*rollout)
+                    torch.from_numpy(np.array(part, dtype=np.float32)).to(device) for part in zip(*rollout)
                 )
-                rewards = rewards.float()
+                terminated, truncated, rewards = terminated.bool(), truncated.bool(), rewards.view_as(terminated)
                 if args.norm_reward:
                     rewards, sums = scale_rewards(rewards, terminated | truncated, sums, reward_statistics, args.gamma)
-                batch = make_batch(agent, rows, actions, rewards, next_rows, terminated, truncated, args)
+                batch = make_batch(agent, rows, actions.long(), rewards, next_rows, terminated, truncated, args)
                 metrics = learn(agent, optimizer, batch, args)
-                if args.norm_obs:
+                if args.norm_obs:  # not before: the ratio of pi to pi_old must be of equally normalised observations
                     agent.obs_statistics.update(batch.obs)
 
                 # Log, save.

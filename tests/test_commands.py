@@ -19,13 +19,12 @@ import termios
 import time
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, Bench
+from conftest import ROOT, SCRIPTS, Bench, Result
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_conventions import TAGS
@@ -685,19 +684,56 @@ OWN_BAD_ARGUMENTS = {
 }
 
 
+# Imports what all scripts import, then runs a command for each line that it reads, in a process forked from itself: a
+# refusal takes a fraction of a second, where a program that imports PyTorch takes several.
+FORKS = """
+import json, os, runpy, sys, traceback
+import ale_py, gymnasium, numpy, PIL.Image, torch, torch.distributions, torch.utils.tensorboard, tqdm, tyro
+
+for line in sys.stdin:
+    folder, script, arguments = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(folder)
+        for number, name in ((0, os.devnull), (1, "../stdout"), (2, "../stderr")):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+        sys.stdin, sys.argv, sys.path[0] = open(0), [script, *arguments], folder
+        code = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def refusals(request, tmp_path_factory):
-    """What a run with each of the bad arguments says, and the files it leaves; several at a time, as each takes long
-    to import torch."""
+def refuse(tmp_path_factory):
+    """Runs a script with bad arguments, in a folder of its own; returns what it says, and the files it leaves."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLUMNS": "300"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
 
     def refuse(script, arguments):
-        bench = Bench(script, tmp_path_factory.mktemp("refusal", numbered=True))
-        return bench.run(*arguments.split()), [path.name for path in bench.folder.iterdir()]
+        folder = tmp_path_factory.mktemp("refusal", numbered=True) / "folder"
+        folder.mkdir()
+        shutil.copy(script, folder)
+        server.stdin.write(json.dumps([str(folder), script.name, arguments.split()]) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        texts = [(folder.parent / name).read_text() for name in ("stdout", "stderr")]
+        return Result(subprocess.CompletedProcess([], code, *texts)), [path.name for path in folder.iterdir()]
 
-    tests = [item for item in request.session.items if item.name.startswith("test_bad_arguments_are_refused[")]
-    cases = [(item.callspec.params["case"], item.callspec.params["arguments"]) for item in tests]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(cases, pool.map(refuse, *zip(*cases))))
+    yield refuse
+    server.stdin.close()
+    server.wait()
 
 
 @pytest.mark.parametrize(
@@ -709,8 +745,8 @@ def refusals(request, tmp_path_factory):
     ],
     ids=lambda value: getattr(value, "stem", value),
 )
-def test_bad_arguments_are_refused(refusals, case, arguments, word):
-    result, files = refusals[case, arguments]
+def test_bad_arguments_are_refused(refuse, case, arguments, word):
+    result, files = refuse(case, arguments)
     is_refused(result, word)
     assert files == [case.name]
 

@@ -197,6 +197,36 @@ def test_a_lost_file_is_named(tmp_path, capsys):
     assert "replay.frames" in capsys.readouterr().err
 
 
+def test_a_lost_file_of_overwritten_rows_is_named(tmp_path, capsys):
+    buffer = script.ReplayBuffer(tmp_path, 20, 1, create=True)
+    saved = buffer.state_dict()
+    (tmp_path / "replay.overwritten-0").unlink()
+    with pytest.raises(SystemExit):
+        buffer.load_state_dict(saved)
+    assert re.search(r"replay\.overwritten-0 is missing.*evaluated", capsys.readouterr().err)
+
+
+def test_a_disk_that_is_full_loses_no_row(tmp_path):
+    """The row that is about to be overwritten is still there if the second file has no room for it."""
+    buffer = script.ReplayBuffer(tmp_path, 20, 1, create=True)
+    stream = Stream(buffer, [[(300, ())]])
+    for _ in range(20):
+        stream.step()
+    buffer.state_dict()
+    buffer.overwritten.close()
+    buffer.overwritten = type("Full", (), {"write": lambda self, row: row.nbytes // 2})()
+    before = buffer.file.copy()
+    with pytest.raises(OSError, match="full"):
+        stream.step()
+    assert (buffer.file == before).all()
+
+
+def test_a_reward_that_is_not_finite_is_named(tmp_path):
+    buffer, one = script.ReplayBuffer(tmp_path, 20, 1, create=True), np.ones(1, dtype=bool)
+    with pytest.raises(FloatingPointError, match="reward"):
+        buffer.add(np.zeros((1, 4, 84, 84), np.uint8), one, one, np.array([np.nan]), one, one)
+
+
 def test_drawing_32_transitions_costs_less_than_2_ms(tmp_path):
     torch.set_num_threads(1)
     buffer = script.ReplayBuffer(tmp_path, 5000, 4, create=True)
@@ -306,7 +336,7 @@ def test_env_seeds_never_meet_and_fit_the_emulator():
 
 
 def test_the_network_is_that_of_the_paper():
-    network = script.QNetwork(18, bfloat16=False)
+    network = script.QNetwork(18, bfloat16=False, norm_obs=False)
     shapes = [tuple(layer.weight.shape) for layer in [*network.features, network.head] if hasattr(layer, "weight")]
     assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512)]
     assert network(torch.zeros(2, 4, 84, 84, dtype=torch.uint8)).shape == (2, 18)
@@ -319,7 +349,7 @@ def test_what_the_network_sees_reaches_its_last_layer():
     obs = torch.full((50, 4, 84, 84), 87, dtype=torch.uint8)
     for i in range(50):
         obs[i, :, 20 + i : 22 + i, 30 + i // 2] = 236
-    network = script.QNetwork(6, bfloat16=False)
+    network = script.QNetwork(6, bfloat16=False, norm_obs=False)
     ours = network.features(obs / 255).std(0).mean()
     for layer in network.features:
         if hasattr(layer, "reset_parameters"):
@@ -335,7 +365,7 @@ def random_batch(size=8, generator=None):
 
 def test_the_network_against_its_layers_written_out():
     """Pixels from 0 to 1; the order in memory changes nothing."""
-    network, obs = script.QNetwork(4, bfloat16=False), random_batch().obs
+    network, obs = script.QNetwork(4, bfloat16=False, norm_obs=False), random_batch().obs
     x = obs.double() / 255
     for layer in network.double().features:
         x = layer(x)
@@ -345,7 +375,7 @@ def test_the_network_against_its_layers_written_out():
 
 def test_bfloat16_is_float32_within_its_rounding():
     torch.manual_seed(0)
-    exact, rounded, obs = script.QNetwork(4, False), script.QNetwork(4, True), random_batch().obs
+    exact, rounded, obs = script.QNetwork(4, False, False), script.QNetwork(4, True, False), random_batch().obs
     rounded.load_state_dict(exact.state_dict())
     assert rounded(obs).dtype == torch.float32
     torch.testing.assert_close(rounded(obs), exact(obs), rtol=0.05, atol=0.01)
@@ -354,11 +384,42 @@ def test_bfloat16_is_float32_within_its_rounding():
 
 def test_bfloat16_tells_actions_apart_whose_values_differ_by_a_thousandth():
     """Around 2, bfloat16 itself has steps of 1/64. Pong's actions differ by less than that for a long time."""
-    network = script.QNetwork(4, bfloat16=True)
+    network = script.QNetwork(4, bfloat16=True, norm_obs=False)
     with torch.no_grad():
         network.head.weight.zero_()
         network.head.bias.copy_(torch.tensor([2.0, 2.001, 2.002, 2.003]))
     torch.testing.assert_close(network(random_batch().obs)[0], torch.tensor([2.0, 2.001, 2.002, 2.003]))
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_normalised_pixels_are_deviations_from_their_mean(bfloat16):
+    """Pixel by pixel; one that never changes is 0 whatever it is, one that hardly ever does is cut at 10 deviations."""
+    torch.manual_seed(0)
+    network = script.QNetwork(4, bfloat16=bfloat16, norm_obs=True)
+    obs = random_batch(64).obs
+    obs[:, :, :20] = 87
+    network.obs_statistics.update(script.newest_frames(obs))
+    mean, deviation = obs[:, -1].float().mean(0), obs[:, -1].float().std(0, correction=0)
+    obs[0, :, 0, 0] = 88
+    expected = ((obs - mean) / (deviation + 1e-4)).clamp(-10, 10)
+    seen = []
+    network.features[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
+    network(obs)
+    torch.testing.assert_close(seen[0], expected, atol=0.05 if bfloat16 else 1e-3, rtol=0.02 if bfloat16 else 1e-3)
+    assert (seen[0][0, :, 0, 0] == 10).all() and not seen[0][1, :, :20].any()
+
+
+def test_statistics_are_of_the_buffer_and_the_same_for_both_networks(tmp_path, capsys, monkeypatch):
+    """A sample at learning-starts, 40, and before each update of the target network, at 40 as well, 80, ... 400."""
+    monkeypatch.setattr(script, "SAMPLE", 8)
+    train(tmp_path, capsys, norm_obs=True)
+    (run_dir,) = tmp_path.iterdir()
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert state["q_network"]["obs_statistics.count"] == 8 * 10
+    for name in ("count", "mean", "variance"):
+        assert torch.equal(*(state[network][f"obs_statistics.{name}"] for network in ("q_network", "target_network")))
+    assert (state["q_network"]["obs_statistics.mean"].view(84, 84)[1:] == 0).all()  # only the first four pixels differ
+    assert (state["q_network"]["obs_statistics.mean"][:1] > 0).all()
 
 
 @pytest.mark.slow
@@ -367,7 +428,7 @@ def test_compiled_networks_compute_the_same():
     args, results = script.Args(compile=False, precision="float32"), []
     for compiled in (False, True):
         torch.manual_seed(0)
-        networks = [script.QNetwork(4, bfloat16=False) for _ in range(2)]
+        networks = [script.QNetwork(4, bfloat16=False, norm_obs=False) for _ in range(2)]
         if compiled:
             for network in networks:
                 network.compile()
@@ -526,11 +587,11 @@ def test_one_gradient_step_for_so_many_steps_whatever_the_number_of_environments
     updates, targets = [], []
     recorded(monkeypatch, "update", updates)
     recorded(monkeypatch, "update_target", targets)
-    flags = dict(num_envs=num_envs, train_frequency=train_frequency, total_timesteps=120, learning_starts=48)
+    flags = dict(num_envs=num_envs, train_frequency=train_frequency, total_timesteps=120, learning_starts=64)
     train(tmp_path, capsys, **flags)
     steps = -(-120 // num_envs) * num_envs
-    assert len(updates) == sum(step % train_frequency == 0 for step in range(48, steps + 1))
-    assert len(targets) == sum(step % 40 == 0 for step in range(48, steps + 1))
+    assert len(updates) == sum(step % train_frequency == 0 for step in range(64, steps + 1))
+    assert len(targets) == sum(step % 40 == 0 for step in range(64, steps + 1))
 
 
 @pytest.mark.parametrize("tau", [0.25, pytest.param(1.0, marks=pytest.mark.slow)])
@@ -608,7 +669,7 @@ class FixedGames(script.OwnEnvs):
 def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch):
     """The first game of each, and all of it: lengths 1, 2, 3, 4, each step pays 1."""
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs: FixedGames(num_envs))
-    network = script.QNetwork(3, bfloat16=False)
+    network = script.QNetwork(3, bfloat16=False, norm_obs=False)
     assert script.evaluate(script.Args(eval_episodes=4), network, tmp_path) == (2.5, 2.5)
 
 
@@ -620,7 +681,7 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
         {"buffer_size": 100}, {"gamma": 0.5}, {"tau": 0.5}, {"target_network_frequency": 80}, {"batch_size": 5},
         {"start_e": 0.5}, {"end_e": 0.5}, {"exploration_fraction": 1.0}, {"learning_starts": 60},
         {"train_frequency": 8},
-        {"double_q": True}, {"loss": "squared"}, {"precision": "bfloat16"}, {"checkpoint_frequency": 100},
+        {"double_q": True}, {"norm_obs": True}, {"loss": "squared"}, {"precision": "bfloat16"}, {"checkpoint_frequency": 100},
     ):  # fmt: skip
         weights, _ = train(tmp_path, capsys, **changed)
         assert not torch.equal(weights, reference), changed
@@ -657,6 +718,14 @@ def test_memory_and_disk_are_checked_before_anything_is_made(tmp_path, capsys, m
     with pytest.raises(SystemExit):
         train(tmp_path, capsys)
     assert "of memory" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_buffer_of_another_size_is_refused_as_such(tmp_path, capsys):
+    train(tmp_path, capsys)
+    (run_dir,) = tmp_path.iterdir()
+    with pytest.raises(SystemExit):
+        train(tmp_path, capsys, resume=str(run_dir), total_timesteps=500, buffer_size=200)
+    assert "--buffer-size cannot be changed" in capsys.readouterr().err
 
 
 def test_auto_precision_is_what_the_processor_has(monkeypatch):

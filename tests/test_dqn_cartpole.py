@@ -171,7 +171,7 @@ def test_update_stops_at_what_is_not_finite_before_it_spoils_the_weights(poison)
 
 def networks():
     torch.manual_seed(0)
-    return script.QNetwork(4, 2, 8), script.QNetwork(4, 2, 8)
+    return script.QNetwork(4, 2, 8, norm_obs=False), script.QNetwork(4, 2, 8, norm_obs=False)
 
 
 def test_target_update_moves_a_share_of_the_way():
@@ -542,9 +542,38 @@ def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, value):
     state, _ = train(
         tmp_path, env_id=env_id, gamma=0.8, total_timesteps=4000, train_frequency=2, batch_size=64, learning_starts=64,
     )  # fmt: skip
-    q_network = script.QNetwork(1, 2, 16)
+    q_network = script.QNetwork(1, 2, 16, norm_obs=False)
     q_network.load_state_dict(state["q_network"])
     torch.testing.assert_close(q_network(torch.ones(1, 1)).detach(), torch.full((1, 2), value), rtol=0.05, atol=0)
+
+
+# ---- Normalised observations; the statistics themselves are tested in test_ppo_cartpole.py ---------------------------
+
+
+def test_the_network_sees_observations_in_deviations_from_their_mean():
+    torch.manual_seed(0)
+    q_network = script.QNetwork(2, 3, 8, norm_obs=True)
+    q_network.obs_statistics.update(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))  # means 2 and 20, deviations 1 and 10
+    obs, normalised = torch.tensor([[3.0, 40.0], [1e6, -1e6]]), torch.tensor([[1.0, 2.0], [10.0, -10.0]])
+    torch.testing.assert_close(q_network(obs), q_network.layers(normalised))
+
+
+def test_statistics_are_of_the_buffer_and_the_same_for_both_networks(tmp_path, monkeypatch):
+    """A sample at learning-starts, 50, and before each update of the target network, at 80, 120, ... 400."""
+    seen, update = [], script.update
+    monkeypatch.setattr(script, "SAMPLE", 200)
+    monkeypatch.setattr(script, "update", lambda q, target, *others: seen.append(
+        (q.obs_statistics.count.item(), target.obs_statistics is q.obs_statistics)) or update(q, target, *others))  # fmt: skip
+    state, _ = train(tmp_path, norm_obs=True, total_timesteps=400)
+    assert state["q_network"]["obs_statistics.count"] == 200 * 10
+    assert seen[0] == (200, True) and seen[-1] == (2000, True) and all(shared for _, shared in seen)
+    for name in ("count", "mean", "variance"):
+        ours, theirs = (state[network][f"obs_statistics.{name}"] for network in ("q_network", "target_network"))
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(state["q_network"]["obs_statistics.mean"], torch.full((2,), 0.5), atol=0.06, rtol=0)
+    torch.testing.assert_close(
+        state["q_network"]["obs_statistics.variance"], torch.full((2,), 1 / 12), atol=0.02, rtol=0
+    )
 
 
 # ---- Seeds, resuming ------------------------------------------------------------------------------------------------
@@ -662,7 +691,7 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
 
 
 def test_hidden_size_is_the_width_of_both_layers():
-    shapes = [tuple(weights.shape) for weights in script.QNetwork(4, 2, 8).parameters()]
+    shapes = [tuple(weights.shape) for weights in script.QNetwork(4, 2, 8, norm_obs=False).parameters()]
     assert shapes == [(8, 4), (8,), (8, 8), (8,), (2, 8), (2,)]
 
 

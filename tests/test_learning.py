@@ -143,3 +143,78 @@ def test_dqn_learns_to_catch_from_pixels(tmp_path, flags):
         "--eval-episodes", 100, "--eval-epsilon", 0, *flags.split(), timeout=300,
     )  # fmt: skip
     assert final_return(result) >= 0.9
+
+
+# ---- PPO ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ppo(tmp_path):
+    return Bench(ROOT / "cleanrl_style" / "ppo_cartpole.py", tmp_path)
+
+
+@pytest.mark.slow
+def test_ppo_default_run_solves_cartpole(ppo):
+    assert final_return(ppo.run("--seed", 1)) >= 475
+
+
+@pytest.mark.parametrize("flags", ["", "--norm-obs --norm-reward --clip-vloss --ent-coef 0.01 --num-envs 1"])
+def test_ppo_finds_the_delayed_reward_of_two_states(ppo, flags):
+    (ppo.folder / "two_states.py").write_text(TWO_STATES)
+    few = ["--env-id", "two_states:TwoStates-v0", "--total-timesteps", 10_000, "--eval-episodes", 1]
+    assert final_return(ppo.run(*few, *flags.split())) == 9.0
+
+
+AIM = """
+import gymnasium as gym
+import numpy as np
+
+
+class Aim(gym.Env):
+    '''Ten steps; each shows a place between -1 and 1. The best action is there, in bounds of 0 to 10 in the first
+    number, and at the opposite place, in bounds of -2 to 2, in the second. The pay is 1 less the two distances, each in
+    halves of its range.'''
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(np.array([0, -2], np.float32), np.array([10, 2], np.float32))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.show(), {}
+
+    def show(self):
+        self.place = self.np_random.uniform(-1, 1, 1).astype(np.float32)
+        return self.place
+
+    def step(self, action):
+        assert self.action_space.contains(action.astype(np.float32))
+        first, second = (action - np.array([5, 0])) / np.array([5, 2])
+        reward = 1 - abs(first - self.place[0]) - abs(second + self.place[0])
+        self.t += 1
+        return self.show(), float(reward), False, self.t == 10, {}
+
+
+gym.register("Aim-v0", entry_point=Aim)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--no-norm-obs --no-norm-reward --clip-vloss --target-kl 0.05"])
+def test_ppo_aims_with_actions_of_different_bounds(tmp_path, flags):
+    """The most is 10. To aim at the middle, whatever is shown, gets 0."""
+    bench = Bench(ROOT / "cleanrl_style" / "ppo_continuous.py", tmp_path)
+    (tmp_path / "aim.py").write_text(AIM)
+    few = ["--env-id", "aim:Aim-v0", "--total-timesteps", 40_000, "--num-steps", 256, "--num-minibatches", 8]
+    assert final_return(bench.run(*few, *flags.split())) >= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--precision float32", "--precision bfloat16 --norm-obs --no-clip-vloss"])
+def test_ppo_learns_to_catch_from_pixels(tmp_path, flags):
+    bench = Bench(ROOT / "cleanrl_style" / "ppo_atari.py", tmp_path)
+    (tmp_path / "catch.py").write_text(CATCH)
+    result = bench.run(
+        "--env-id", "catch:Catch-v0", "--total-timesteps", 20_000, "--num-steps", 32, "--learning-rate", 1e-3,
+        "--clip-coef", 0.2, "--eval-episodes", 100, *flags.split(), timeout=300,
+    )  # fmt: skip
+    assert final_return(result) >= 0.9

@@ -78,6 +78,19 @@ def test_bfloat16_is_float32_within_its_rounding():
     assert not torch.equal(rounded(obs)[1], exact(obs)[1])
 
 
+def test_normalised_pixels_start_with_the_first_frames_and_take_in_every_rollout(tmp_path, capsys):
+    """The network's own part is the same as that of dqn_atari.py, and tested there."""
+    weights = {}
+    for norm_obs in (False, True):
+        train(tmp_path / str(norm_obs), capsys, norm_obs=norm_obs)
+        (run_dir,) = (tmp_path / str(norm_obs)).iterdir()
+        weights[norm_obs] = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+    resets = 240 - len(Scripted.seen)  # about; rows that are no step
+    assert 150 < weights[True]["obs_statistics.count"] <= 244 and resets < 100
+    assert not any("statistics" in key for key in weights[False])
+    assert weights[True]["obs_statistics.mean"][0] > 0 and not weights[True]["obs_statistics.mean"][84:].any()
+
+
 def example_batch(size=8):
     obs, generator = frames(size), torch.Generator().manual_seed(1)
     noise = torch.randn(3, size, generator=generator)
@@ -244,7 +257,7 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
     for changed in (
         {"seed": 2}, {"learning_rate": 1e-3}, {"anneal_lr": False}, {"num_envs": 3}, {"num_steps": 10}, {"gamma": 0.5},
         {"gae_lambda": 0.5}, {"num_minibatches": 3}, {"update_epochs": 1}, {"norm_adv": False}, {"clip_coef": 0.01},
-        {"clip_vloss": False}, {"ent_coef": 0.1}, {"vf_coef": 0.1}, {"max_grad_norm": 0.1}, {"target_kl": 1e-9},
+        {"clip_vloss": False}, {"norm_obs": True}, {"ent_coef": 0.1}, {"vf_coef": 0.1}, {"max_grad_norm": 0.1}, {"target_kl": 1e-9},
         {"precision": "bfloat16"}, {"checkpoint_frequency": 60},
     ):  # fmt: skip
         weights, _ = train(tmp_path, capsys, **changed)

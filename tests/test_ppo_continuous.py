@@ -78,6 +78,11 @@ def test_each_number_of_an_action_has_bounds_of_its_own():
     np.testing.assert_allclose(script.to_bounds(actions, low, high), expected)
 
 
+def test_rounding_leads_out_of_no_bounds():
+    low, high = np.full(1, -1, np.float32), np.full(1, 0.1, np.float32)
+    assert script.to_bounds(np.ones((1, 1), np.float32), low, high) <= high
+
+
 # ---- update ---------------------------------------------------------------------------------------------------------
 
 
@@ -177,12 +182,18 @@ class Unbounded(gym.Env):
     observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-np.inf, np.inf, (1,))
 
 
+class Whole(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-128, 127, (1,), np.int8)
+
+
 gym.register("Unbounded-v0", entry_point=Unbounded, max_episode_steps=5)
+gym.register("Whole-v0", entry_point=Whole, max_episode_steps=5)
 
 
-def test_actions_without_bounds_are_refused(capsys):
+@pytest.mark.parametrize("env_id", ["Unbounded-v0", "Whole-v0"])
+def test_actions_without_bounds_or_of_whole_numbers_are_refused(capsys, env_id):
     with pytest.raises(SystemExit) as error:
-        script.make_envs(script.Args(env_id="Unbounded-v0"))
+        script.make_envs(script.Args(env_id=env_id))
     assert error.value.code == 2 and "bounds" in capsys.readouterr().err
 
 

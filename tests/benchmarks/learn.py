@@ -6,11 +6,14 @@
 Flags that this file does not know go to the script. Finished seeds are kept in runs/, so that a call that was stopped
 goes on where it was: give the same command again. The record is results/<script>__<env-id>.csv beside this file: what was run,
 where and on which versions, in comment lines at its head; then one row for each point (seed, step, return; the
-training return is the mean over 50 equal parts of the run), and one row "eval" per seed, at the final step.
+training return is the mean over 50 equal parts of the run), and two rows per seed at the final step: "eval", and
+"last20", the mean of the last 20 training episodes. With --solved LEVEL there is one row more, "solved": the step at
+which the mean of 20 training episodes in a row first reached that level, and, as its return, the minutes that it took.
 """
 
 import argparse
 import csv
+import os
 import platform
 import re
 import subprocess
@@ -53,9 +56,8 @@ def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, flo
     return Path(run_dir), wall
 
 
-def curve(run_dir: Path) -> tuple[list[tuple[int, float]], tuple[int, float]]:
+def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], tuple[int, float]]:
     """The training returns in POINTS equal parts of the run, and the evaluation: (step, return) each."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     training = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
     evaluation = events.Scalars("eval/episodic_return")[-1]
     edges = np.linspace(0, evaluation.step, POINTS + 1)
@@ -65,6 +67,15 @@ def curve(run_dir: Path) -> tuple[list[tuple[int, float]], tuple[int, float]]:
         if values:
             points.append((round(high), float(np.mean(values))))
     return points, (evaluation.step, evaluation.value)
+
+
+def solved(events: EventAccumulator, level: float) -> tuple[int, float] | None:
+    """The first step at which the last 20 training episodes have a mean of level, and the minutes it took."""
+    episodes = events.Scalars("charts/episodic_return")
+    for last in range(20, len(episodes) + 1):
+        if np.mean([event.value for event in episodes[last - 20 : last]]) >= level:
+            return episodes[last - 1].step, (episodes[last - 1].wall_time - events.FirstEventTimestamp()) / 60
+    return None
 
 
 def processor() -> str:
@@ -79,6 +90,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=seeds, default=seeds("1-20"), help="first-last")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--name", default="", help="of the record, if not the environment's id")
+    parser.add_argument("--solved", type=float, help="a training return; the record says when it was reached")
     ours, flags = parser.parse_known_args()
     source = (SCRIPTS / f"{ours.script}.py").read_text()
     env_id = dict(zip(flags, flags[1:])).get("--env-id") or re.search(r'env_id: str = "(.*?)"', source)[1]
@@ -95,7 +107,7 @@ def main() -> None:
         "command": " ".join(["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed SEED"]),
         "seeds": f"{ours.seeds[0]}-{ours.seeds[-1]}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, one core per run, {ours.jobs} runs at a time",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {ours.jobs} runs at a time",
         "versions": f"Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in ("torch", "gymnasium", "numpy")),
         "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, from start-up to evaluation",
@@ -106,9 +118,14 @@ def main() -> None:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["seed", "step", "return", "kind"])
         for seed, (run_dir, _) in zip(ours.seeds, results):
-            points, (step, value) = curve(run_dir)
+            events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+            points, (step, value) = curve(events)
             rows.writerows([seed, s, f"{v:.6g}", "train"] for s, v in points)
             rows.writerow([seed, step, f"{value:.6g}", "eval"])
+            last = [event.value for event in events.Scalars("charts/episodic_return")[-20:]]
+            rows.writerow([seed, step, f"{np.mean(last):.6g}", "last20"])
+            if ours.solved is not None and (found := solved(events, ours.solved)):
+                rows.writerow([seed, found[0], f"{found[1]:.2f}", "solved"])
     print(record)
 
 

@@ -40,7 +40,7 @@ def read(name: str) -> tuple[dict[str, str], dict[int, list[tuple[int, float]]],
     for row in csv.DictReader(line for line in lines if not line.startswith("# ")):
         if row["kind"] == "train":
             curves.setdefault(int(row["seed"]), []).append((int(row["step"]), float(row["return"])))
-        else:
+        elif row["kind"] == "eval":
             evaluations[int(row["seed"])] = float(row["return"])
     return head, curves, evaluations
 

@@ -6,7 +6,8 @@
 Machines are noisy: nothing else may run meanwhile, and only the ratios and medians mean something. Every figure is of
 a whole training, with its gradient steps and its logs, without start-up, evaluation, and the steps before learning
 starts. Peak memory is that of the whole process. Prints a table in Markdown. DIR is a clone of CleanRL, whose Python has
-what its scripts import; they are run as they are, but for the settings that this file gives both sides.
+what its scripts import; they are run as they are, but for the settings that this file gives both sides. --sb3-python is
+a Python with Stable-Baselines3.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parent.parent / "cleanrl_style"
-CLEANRL = argparse.Namespace(folder=None, python=None)
+CLEANRL, SB3 = argparse.Namespace(folder=None, python=None), argparse.Namespace(python=None)
 
 
 def run(*command: object, folder: str | None = None, path: str = "") -> tuple[str, float]:
@@ -59,10 +60,17 @@ def cleanrl(script: str, seed: int, *flags: object, first: int) -> tuple[float, 
         source = (root / "cleanrl" / f"{script}.py").read_text()
         for a, b in (("prod(), 120", "prod(), 128"), ("Linear(120, 84", "Linear(128, 128"), ("Linear(84", "Linear(128")):
             source = source.replace(a, b)
+        if "atari" in script:  # their names of the games are no longer registered by themselves
+            source = "from ale_py.registration import register_v0_v4_envs\nregister_v0_v4_envs()\n" + source
         Path(folder, f"{script}.py").write_text(source)
         _, memory = run(CLEANRL.python, f"{script}.py", "--seed", seed, *flags, folder=folder, path=str(root))
         (run_dir,) = Path(folder).glob("runs/*")
         return steady(str(run_dir), first), memory
+
+
+def sb3(algorithm: str, seed: int, steps: int, first: int) -> tuple[float, float]:
+    out, memory = run(SB3.python, HERE / "sb3.py", algorithm, seed, steps, first)
+    return float(out.split()[-1]), memory
 
 
 def tutorial(seed: int) -> tuple[float, float]:
@@ -78,6 +86,14 @@ OUR_DQN = [*DQN, "--buffer-size", 10_000, "--train-frequency", 10, "--target-net
 ATARI = ["--total-timesteps", 5_000, "--learning-starts", 1_000, "--buffer-size", 20_000, "--start-e", 0.01]
 OUR_ATARI = [*ATARI, "--num-envs", 4, "--adam-epsilon", 1e-8]
 
+PPO = ["--total-timesteps", 60_000]
+OUR_PPO = [*PPO, *"--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-vloss --gamma 0.99 "
+           "--gae-lambda 0.95 --ent-coef 0.01 --learning-rate 2.5e-4".split()]  # fmt: skip
+CONTINUOUS = ["--env-id", "Pendulum-v1", "--total-timesteps", 30_000]
+OUR_CONTINUOUS = [*CONTINUOUS, *"--num-envs 1 --num-steps 2048 --num-minibatches 32 --update-epochs 10 --clip-vloss "
+                  "--gamma 0.99 --gae-lambda 0.95 --learning-rate 3e-4".split()]  # fmt: skip
+PPO_ATARI = ["--total-timesteps", 12_000]  # all other settings are the same on both sides
+
 # Each row of the table: its name, and what measures it, given a seed. The first row of a group is what the others are
 # compared with.
 GROUPS = {
@@ -88,6 +104,7 @@ GROUPS = {
     },
     "dqn": {
         "CleanRL's dqn.py": lambda seed: cleanrl("dqn", seed, *DQN, first=11_000),
+        "Stable-Baselines3's DQN": lambda seed: sb3("dqn", seed, DQN[1], 11_000),
         "dqn_cartpole.py": lambda seed: ours(
             "dqn_cartpole", seed, *OUR_DQN, "--num-envs", 10, "--hidden-size", 128, first=11_000
         ),
@@ -100,6 +117,21 @@ GROUPS = {
         "dqn_atari.py, bfloat16": lambda seed: ours("dqn_atari", seed, *OUR_ATARI, "--precision", "bfloat16", first=1_500),
         "dqn_atari.py, float32": lambda seed: ours("dqn_atari", seed, *OUR_ATARI, "--precision", "float32", first=1_500),
     },
+    "ppo": {
+        "CleanRL's ppo.py": lambda seed: cleanrl("ppo", seed, *PPO, first=5_000),
+        "Stable-Baselines3's PPO": lambda seed: sb3("ppo", seed, PPO[1], 5_000),
+        "ppo_cartpole.py": lambda seed: ours("ppo_cartpole", seed, *OUR_PPO, first=5_000),
+    },
+    "ppo_continuous": {
+        "CleanRL's ppo_continuous_action.py": lambda seed: cleanrl("ppo_continuous_action", seed, *CONTINUOUS, first=2_048),
+        "ppo_continuous.py": lambda seed: ours("ppo_continuous", seed, *OUR_CONTINUOUS, first=2_048),
+    },
+    "ppo_atari": {
+        "CleanRL's ppo_atari.py": lambda seed: cleanrl("ppo_atari", seed, *PPO_ATARI, first=1_024),
+        "Stable-Baselines3's PPO": lambda seed: sb3("ppo_atari", seed, PPO_ATARI[1], 1_024),
+        "ppo_atari.py, bfloat16": lambda seed: ours("ppo_atari", seed, *PPO_ATARI, "--precision", "bfloat16", first=1_024),
+        "ppo_atari.py, float32": lambda seed: ours("ppo_atari", seed, *PPO_ATARI, "--precision", "float32", first=1_024),
+    },
 }
 
 
@@ -109,12 +141,15 @@ def main() -> None:
     parser.add_argument("--groups", nargs="*", choices=GROUPS, default=["reinforce"])
     parser.add_argument("--cleanrl", help="a clone of CleanRL")
     parser.add_argument("--cleanrl-python", default=sys.executable)
+    parser.add_argument("--sb3-python", help="a Python that has Stable-Baselines3")
     options = parser.parse_args()
+    SB3.python = options.sb3_python
     CLEANRL.folder, CLEANRL.python = options.cleanrl, options.cleanrl_python
     print(f"`python tests/benchmarks/speed.py {' '.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d')}, {processor()}, ", end="")
     print(f"{os.cpu_count()} cores, torch {version('torch')}, gymnasium {version('gymnasium')}\n")
     for group in options.groups:
-        rows = {name: [] for name in GROUPS[group] if options.cleanrl or "CleanRL" not in name}
+        rows = {name: [] for name in GROUPS[group] if (options.cleanrl or "CleanRL" not in name)
+                and (SB3.python or "Baselines" not in name)}
         for seed in range(1, options.rounds + 1):
             for name, results in rows.items():
                 results.append(GROUPS[group][name](seed))
