@@ -21,7 +21,7 @@ Differs  Adam in place of RMSProp, and a start of the network that lets the sign
          played side by side, and cut at a checkpoint, since an emulator cannot be saved. Each frame is stored once, in
          a file. As in the paper, there is one gradient step for four steps, rewards are clipped to -1, 0 and 1, and the
          loss of a life ends an episode; all this for the learner only, for what is logged is the true score of whole
-         games.
+         games. With --norm-obs, pixels are normalised by those in the buffer, which makes moving things stand out.
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
@@ -333,7 +333,7 @@ class Batch(NamedTuple):
 def update(
     q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """One gradient step on a batch -> metrics."""
+    """One gradient step on the B transitions of a batch -> metrics, scalars."""
     with torch.no_grad():
         next_q_online = q_network(batch.next_obs) if args.double_q else None
         next_q = target_network(batch.next_obs)

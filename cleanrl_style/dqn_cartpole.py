@@ -20,7 +20,7 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
 Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that the policy settles; the plain square of
          the error; a small network, as there are no pixels. N environments are stepped side by side, and all begin new
          episodes at a checkpoint, since the state of an environment cannot be saved. A time limit is no end: what would
-         have followed is estimated.
+         have followed is estimated. With --norm-obs, observations are normalised by those in the buffer.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; A actions.
 Run      python dqn_cartpole.py
          python dqn_cartpole.py --env-id Acrobot-v1 --learning-rate 1e-3 --buffer-size 50000 --batch-size 128
@@ -302,7 +302,7 @@ def update(
     q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, gamma: float,
     double_q: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One gradient step on a batch -> metrics."""
+    """One gradient step on the B transitions of a batch -> metrics, scalars."""
     with torch.no_grad():  # the target is a constant, although the network made it
         next_q_online = q_network(batch.next_obs) if double_q else None
         next_q = target_network(batch.next_obs)

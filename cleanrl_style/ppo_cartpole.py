@@ -29,8 +29,9 @@ Differs  A time limit is no end: what would have followed is estimated. All envi
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; A actions.
          Row t is the step from t to t+1.
 Run      python ppo_cartpole.py
-         python ppo_cartpole.py --env-id Acrobot-v1
-         python ppo_cartpole.py --env-id MountainCar-v0
+         python ppo_cartpole.py --env-id MountainCar-v0 --total-timesteps 300000 --num-envs 16 --num-steps 128
+             --num-minibatches 8 --update-epochs 10 --gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward
+         The same with --env-id Acrobot-v1
 Expect   not recorded yet
 """
 

@@ -112,6 +112,8 @@ def main() -> None:
         + ", ".join(f"{package} {version(package)}" for package in ("torch", "gymnasium", "numpy")),
         "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, from start-up to evaluation",
     }
+    if ours.solved is not None:
+        head["solved"] = f"the mean of 20 training episodes is {ours.solved:g} or more"
     (HERE / "results").mkdir(exist_ok=True)
     with open(record, "w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in head.items())

@@ -29,6 +29,17 @@ PICTURES = {
         ("CartPole-v1", {"dqn_cartpole__CartPole-v1": "default"}, {"solved: 475": 475}, (0, 520)),
         ("Acrobot-v1", {"dqn_cartpole__Acrobot-v1": "100k steps"}, {"-100": -100}, (-520, -50)),
     ],
+    "ppo_cartpole.png": [
+        ("CartPole-v1", {"ppo_cartpole__CartPole-v1": "default"}, {"solved: 475": 475}, (0, 520)),
+        ("Acrobot-v1", {"ppo_cartpole__Acrobot-v1": "300k steps"}, {"-100": -100}, (-520, -50)),
+        ("MountainCar-v0", {"ppo_cartpole__MountainCar-v0": "300k steps"}, {"solved: -110": -110}, (-205, -90)),
+    ],
+    "ppo_continuous.png": [
+        ("Pendulum-v1", {"ppo_continuous__Pendulum-v1": "default"}, {"-200": -200}, (-1700, 0)),
+    ],
+    "ppo_atari.png": [
+        ("ALE/Pong-v5", {"ppo_atari__ALE-Pong-v5": "PPO"}, {"18": 18}, (-22, 22)),
+    ],
 }
 
 
@@ -56,6 +67,18 @@ def summary(name: str) -> str:
     _, _, evaluations = read(name)
     values = list(evaluations.values())
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f}), {len(values)} seeds"
+
+
+def solved(name: str) -> str:
+    """For example '361k to 402k steps, 8 to 10 minutes, 3 of 3 seeds': when a level was reached; '' if none is meant."""
+    lines = (RESULTS / f"{name}.csv").read_text().splitlines()
+    if not any(line.startswith("# solved: ") for line in lines):
+        return ""
+    rows = [line.split(",") for line in lines if line.endswith(",solved")]
+    steps, minutes = [int(step) / 1000 for _, step, _, _ in rows], [float(value) for _, _, value, _ in rows]
+    count = len(read(name)[2])
+    return (f"{min(steps):.0f}k to {max(steps):.0f}k steps, {min(minutes):.0f} to {max(minutes):.0f} minutes, "
+            f"{len(rows)} of {count} seeds")  # fmt: skip
 
 
 def draw(file: str, panels: list) -> None:
@@ -89,7 +112,8 @@ def draw(file: str, panels: list) -> None:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for file, panels in PICTURES.items():
-        draw(file, panels)
+        if all((RESULTS / f"{name}.csv").exists() for _, records, _, _ in panels for name in records):
+            draw(file, panels)
     for record in sorted(RESULTS.glob("*.csv")):
         head, _, _ = read(record.stem)
-        print(f"{record.stem}: {summary(record.stem)}; wall time {head['wall time']}")
+        print(f"{record.stem}: {summary(record.stem)}; {solved(record.stem)}; wall time {head['wall time']}")
