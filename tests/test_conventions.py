@@ -5,7 +5,9 @@ broken copy of one, where it must complain: a rule that cannot fail holds nothin
 """
 
 import ast
+import difflib
 import importlib.metadata
+import inspect
 import re
 import sys
 
@@ -274,6 +276,32 @@ def test_rule_finds_two_scripts_that_differ(rule, pattern, replacement):
     assert other != SOURCE
     assert list(rule({FIRST: SOURCE, "other.py": other.replace(FIRST.removesuffix(".py"), "other")}))
     assert not list(rule({FIRST: SOURCE, "other.py": SOURCE.replace(FIRST.removesuffix(".py"), "other")}))
+
+
+@pytest.mark.parametrize("script, name, own", [
+    ("ppo_atari", "update", []),
+    ("ppo_continuous", "evaluate", []),
+    ("ppo_continuous", "update", [
+        "means, values = agent(batch.obs)",
+        "log_probs, entropies = log_prob_and_entropy(means, agent.log_deviations, batch.actions)",
+        "log_ratio = log_probs - batch.log_probs",
+        "entropy = entropies.mean()",
+    ]),
+    ("ppo_continuous", "train", [
+        "low, high = envs[0].action_space.low, envs[0].action_space.high",
+        "steps = [env.step(action) for env, action in zip(envs, to_bounds(actions, low, high))]",
+        "batch = make_batch(agent, rows, actions, rewards, next_rows, terminated, truncated, args)",
+    ]),
+])  # fmt: skip
+def test_what_is_tested_in_ppo_cartpole_is_the_same_but_for_these_lines(script, name, own):
+    """So a test of the one is a test of the other, although OWN_CODE lets them differ."""
+    ours, theirs = (
+        [line.strip() for line in inspect.getsource(getattr(importlib.import_module(module), name)).splitlines()]
+        for module in (script, "ppo_cartpole")
+    )
+    changes = list(difflib.unified_diff(theirs, ours, n=0, lineterm=""))[2:]
+    assert [line[1:] for line in changes if line[0] == "+"] == own
+    assert sum(line[0] == "-" for line in changes) == len(own)
 
 
 def test_every_registered_tag_is_written_by_some_script():

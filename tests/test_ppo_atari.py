@@ -78,6 +78,47 @@ def test_bfloat16_is_float32_within_its_rounding():
     assert not torch.equal(rounded(obs)[1], exact(obs)[1])
 
 
+def test_bfloat16_tells_actions_apart_that_differ_by_a_thousandth():
+    agent, biases = script.Agent(4, bfloat16=True, norm_obs=False), torch.tensor([2.0, 2.001, 2.002, 2.003])
+    with torch.no_grad():
+        agent.actor.weight.zero_(), agent.critic.weight.zero_()
+        agent.actor.bias.copy_(biases), agent.critic.bias.fill_(2.001)
+    logits, values = agent(frames(2))
+    torch.testing.assert_close(logits[0], biases)
+    torch.testing.assert_close(values, torch.full((2,), 2.001))
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_normalised_pixels_are_deviations_from_their_mean(bfloat16):
+    """Pixel by pixel; one that never changes is 0 whatever it is, one that hardly ever does is cut at 10 deviations."""
+    agent, obs, seen = script.Agent(4, bfloat16, norm_obs=True), frames(64), []
+    obs[:, :, :20] = 87
+    agent.obs_statistics.update(script.newest_frames(obs))
+    mean, deviation = obs[:, -1].float().mean(0), obs[:, -1].float().std(0, correction=0)
+    obs[0, :, 0, 0] = 88
+    agent.features[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
+    agent(obs)
+    expected, error = ((obs - mean) / (deviation + 1e-4)).clamp(-10, 10), (0.05, 0.02) if bfloat16 else (1e-3, 1e-3)
+    torch.testing.assert_close(seen[0], expected, atol=error[0], rtol=error[1])
+    assert (seen[0][0, :, 0, 0] == 10).all() and not seen[0][1, :, :20].any()
+
+
+def test_the_learner_sees_the_sign_of_a_reward():
+    rollout, no = script.Rollout(1, 4), np.zeros(4, bool)
+    rollout.add_outcome(0, np.array([-7.0, -0.5, 0.0, 300.0]), no, no, ~no)
+    assert rollout.rewards.tolist() == [[-1, -1, 0, 1]]
+
+
+def test_the_emulator_is_asked_for_the_true_score_and_its_own_actions(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gym, "make_vec", lambda *_, **keywords: asked.append(keywords))
+    for sticky_actions in (0.0, 0.25):
+        script.make_envs(script.Args(sticky_actions=sticky_actions), 1)
+    assert [keywords["repeat_action_probability"] for keywords in asked] == [0.0, 0.25]
+    assert all(keywords["life_loss_info"] and keywords["reward_clipping"] is False for keywords in asked)
+    assert all(keywords["autoreset_mode"] == "NextStep" for keywords in asked)
+
+
 def test_normalised_pixels_start_with_the_first_frames_and_take_in_every_rollout(tmp_path, capsys):
     """The network's own part is the same as that of dqn_atari.py, and tested there."""
     weights = {}
@@ -249,6 +290,28 @@ def test_the_learning_rate_falls_in_a_line_or_stays(tmp_path, capsys, monkeypatc
     expected = [3e-3 * (1 - k / 4) if anneal_lr else 3e-3 for k in range(4)]
     assert rates == [(torch.optim.Adam, pytest.approx(rate), 1e-5) for rate in expected]
     assert [value for _, value in scalars["charts/learning_rate"]] == pytest.approx(expected)
+
+
+def test_checkpoints_are_written_when_due_and_each_begins_games_of_its_own(tmp_path, capsys, monkeypatch):
+    """Rollouts of 60 steps: what is due at 90 and at 180 is done at 120 and at 180."""
+    saved, seeds = recorded(monkeypatch, "save_checkpoint"), recorded(monkeypatch, "env_seeds")
+    train(tmp_path, capsys, checkpoint_frequency=90, seed=3)
+    assert [state["global_step"] for (_, state), _ in saved] == [0, 120, 180, 240]
+    streams = [(3, (script.TRAINING, step), 4) for step in (0, 120, 180)] + [(3, (script.EVALUATION,), 2)]
+    assert [tuple(arguments) for arguments, _ in seeds] == streams
+
+
+def test_statistics_stay_as_they_are_from_the_first_step_to_the_last_update(tmp_path, capsys, monkeypatch):
+    """Of each 20 notes, 15 steps, the last values and 4 updates, there is one count."""
+    counts = []
+    for name in ("act", "update"):
+        def noting(agent, *others, function=getattr(script, name), **keywords):
+            counts.append(agent.obs_statistics.count.item())
+            return function(agent, *others, **keywords)
+
+        monkeypatch.setattr(script, name, noting)
+    train(tmp_path, capsys, norm_obs=True)
+    assert [len(set(counts[k : k + 20])) for k in range(0, 80, 20)] == [1] * 4 and len(set(counts[:80])) == 4
 
 
 @pytest.mark.slow

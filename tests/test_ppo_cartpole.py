@@ -565,6 +565,51 @@ def test_rewards_are_scaled_by_all_sums_so_far_or_left_as_they_are(tmp_path, mon
     assert max(map(abs, shown)) > 2
 
 
+def test_statistics_stay_as_they_are_from_the_first_step_to_the_last_update(tmp_path, monkeypatch):
+    """Else the ratio of pi to pi_old would not start at 1."""
+    counts = []
+    for name in ("act", "make_batch", "update"):
+        def noting(agent, *others, name=name, function=getattr(script, name), **keywords):
+            counts.append((name, agent.obs_statistics.count.item()))
+            return function(agent, *others, **keywords)
+
+        monkeypatch.setattr(script, name, noting)
+    train(tmp_path, norm_obs=True)
+    expected = [(name, 60 * k) for k in range(10) for name in ["act"] * 20 + ["make_batch"] + ["update"] * 4]
+    assert counts[: len(expected)] == expected
+
+
+def test_evaluation_plays_each_seed_once_and_tells_the_return_from_the_length(tmp_path):
+    Diary.made.clear()
+    args = script.Args(**FEW | {"num_envs": 3, "eval_episodes": 7, "seed": 4})
+    found = script.evaluate(args, script.make_envs(args), script.Agent(2, 3, norm_obs=False), tmp_path)
+    seeds = script.episode_seeds(4, (script.EVALUATION,), 7)
+    assert [env.seeds for env in Diary.made] == [seeds[0::3], seeds[1::3], seeds[2::3]]
+    rewards = [step[2] for env in Diary.made for step in env.steps]
+    assert found == pytest.approx((sum(rewards) / 7, len(rewards) / 7))
+
+
+def test_an_environment_without_a_time_limit_gets_one(monkeypatch):
+    gym.register("PPOEndless-v0", entry_point=Diary, kwargs={"lengths": (10**9, 10**9)}, disable_env_checker=True)
+    monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 30)
+    env = script.make_envs(script.Args(**FEW | {"env_id": "PPOEndless-v0"}))[0]
+    env.reset(seed=1)
+    assert [tuple(map(bool, env.step(5)[2:4])) for _ in range(30)] == [(False, False)] * 29 + [(False, True)]
+
+
+def test_speed_is_of_this_process_and_explained_variance_of_the_returns(tmp_path, monkeypatch):
+    """Resumed at step 300. The clock goes on by a second with each look at it, one after each rollout of 60 steps."""
+    train(tmp_path, total_timesteps=300)
+    (run_dir,), clock, learned = tmp_path.iterdir(), iter(range(100)), recorded(monkeypatch, "learn")
+    monkeypatch.setattr(script, "time", type("Clock", (), {"perf_counter": lambda: next(clock)}))
+    _, scalars = train(tmp_path, resume=str(run_dir))
+    assert [value for _, value in sorted(scalars["charts/SPS"])][5:] == [60] * 5
+    expected = [1 - ((b.returns - b.values).var() / b.returns.var()).item() for (_, _, b, _), _ in learned]
+    found = [value for _, value in sorted(scalars["losses/explained_variance"])][5:]
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     def outcome(**settings):
         state, _ = train(tmp_path, total_timesteps=240, **settings)

@@ -83,6 +83,30 @@ def test_rounding_leads_out_of_no_bounds():
     assert script.to_bounds(np.ones((1, 1), np.float32), low, high) <= high
 
 
+def test_observations_are_seen_in_deviations_from_their_mean():
+    ours = agent(2, 3)
+    ours.obs_statistics.update(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))  # means 2 and 20, deviations 1 and 10
+    obs, normalised = torch.tensor([[3.0, 40.0], [1e6, -1e6]]), torch.tensor([[1.0, 2.0], [10.0, -10.0]])
+    torch.testing.assert_close(ours(obs)[0], ours.actor(normalised))
+    torch.testing.assert_close(ours(obs)[1], ours.critic(normalised).squeeze(-1))
+
+
+def test_a_batch_is_every_step_with_its_advantage():
+    torch.manual_seed(1)
+    ours, args = agent(), script.Args(gamma=0.7, gae_lambda=0.6)
+    (obs, next_obs), actions, rewards = torch.randn(2, 5, 4, 3), torch.randn(5, 4, 2), torch.randn(5, 4)
+    terminated, truncated = torch.rand(2, 5, 4) < 0.3
+    batch = script.make_batch(ours, obs, actions, rewards, next_obs, terminated, truncated, args)
+    with torch.no_grad():
+        seen, seen_next = (x / math.sqrt(1 + 1e-8) for x in (obs, next_obs))  # mean 0 and variance 1 so far
+        values, next_values = ours.critic(seen).squeeze(-1), ours.critic(seen_next).squeeze(-1)
+        log_probs = Independent(Normal(ours.actor(seen), ours.log_deviations.exp()), 1).log_prob(actions)
+        advantages = script.gae(rewards, values, next_values, terminated, truncated, 0.7, 0.6)
+    for part, expected in zip(batch, (obs, actions, log_probs, values, advantages, advantages + values)):
+        torch.testing.assert_close(part, expected.flatten(0, 1))
+        assert not part.requires_grad
+
+
 # ---- update ---------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +221,15 @@ def test_actions_without_bounds_or_of_whole_numbers_are_refused(capsys, env_id):
     assert error.value.code == 2 and "bounds" in capsys.readouterr().err
 
 
+def test_an_environment_without_a_time_limit_gets_one(monkeypatch):
+    gym.register("EndlessPendulum-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
+    monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 30)
+    env = script.make_envs(script.Args(env_id="EndlessPendulum-v0", num_envs=1))[0]
+    env.reset(seed=1)
+    assert [env.step(np.zeros(1, np.float32))[2:4] for _ in range(30)] == [(False, False)] * 29 + [(False, True)]
+
+
+@pytest.mark.slow
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     def outcome(**settings):
         few = dict(
