@@ -30,8 +30,13 @@ Differs  A time limit is no end: V stands for what would have followed. An emula
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; A actions. Row t is the step from t to
          t+1. One step is four frames of the game.
 Run      python ppo_atari.py
-         python ppo_atari.py --env-id ALE/Pong-v5
-Expect   not recorded yet
+         python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --num-envs 32 --num-minibatches 8
+             --update-epochs 3 --learning-rate 5e-4 --no-anneal-lr --clip-coef 0.2 --no-clip-vloss --norm-obs
+             --checkpoint-frequency 200000
+Expect   Pong with these flags, on two cores of an AMD EPYC, mean over seeds 1 to 3 (worst to best seed):
+             19.6 (19.3 to 19.7)    10 games after training, actions sampled
+             600k steps in 14 min (13 to 18, the longest beside other work): 18.8 to 19.4 in the last 20 training games
+         Breakout is not recorded yet.
 """
 
 import math

@@ -322,5 +322,5 @@ def test_readme_and_docstrings_say_what_the_records_say():
         docstring = ast.get_docstring(ast.parse(SOURCES[record.stem.split("__")[0] + ".py"]))
         assert summary in " ".join(README.split()), f"{record.stem}: {summary}"
         assert summary.split(",")[0] in docstring, f"{record.stem}: {summary}"
-        assert plot.solved(record.stem) in " ".join(README.split()), f"{record.stem}: {plot.solved(record.stem)}"
-        assert plot.solved(record.stem) in " ".join(docstring.split()), f"{record.stem}: {plot.solved(record.stem)}"
+        assert plot.last20(record.stem) in " ".join(README.split()), f"{record.stem}: {plot.last20(record.stem)}"
+        assert plot.last20(record.stem) in " ".join(docstring.split()), f"{record.stem}: {plot.last20(record.stem)}"

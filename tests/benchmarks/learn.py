@@ -9,6 +9,7 @@ where and on which versions, in comment lines at its head; then one row for each
 training return is the mean over 50 equal parts of the run), and two rows per seed at the final step: "eval", and
 "last20", the mean of the last 20 training episodes. With --solved LEVEL there is one row more, "solved": the step at
 which the mean of 20 training episodes in a row first reached that level, and, as its return, the minutes that it took.
+(Early where short games are won games: those end first after a checkpoint has cut them all. The row "last20" is fair.)
 """
 
 import argparse

@@ -69,16 +69,13 @@ def summary(name: str) -> str:
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f}), {len(values)} seeds"
 
 
-def solved(name: str) -> str:
-    """For example '361k to 402k steps, 8 to 10 minutes, 3 of 3 seeds': when a level was reached; '' if none is meant."""
+def last20(name: str) -> str:
+    """For example '18.8 to 19.4 in the last 20 training games', over the seeds; '' if the record is not about that."""
     lines = (RESULTS / f"{name}.csv").read_text().splitlines()
     if not any(line.startswith("# solved: ") for line in lines):
         return ""
-    rows = [line.split(",") for line in lines if line.endswith(",solved")]
-    steps, minutes = [int(step) / 1000 for _, step, _, _ in rows], [float(value) for _, _, value, _ in rows]
-    count = len(read(name)[2])
-    return (f"{min(steps):.0f}k to {max(steps):.0f}k steps, {min(minutes):.0f} to {max(minutes):.0f} minutes, "
-            f"{len(rows)} of {count} seeds")  # fmt: skip
+    values = [float(line.split(",")[2]) for line in lines if line.endswith(",last20")]
+    return f"{min(values):.1f} to {max(values):.1f} in the last 20 training games"
 
 
 def draw(file: str, panels: list) -> None:
@@ -116,4 +113,4 @@ if __name__ == "__main__":
             draw(file, panels)
     for record in sorted(RESULTS.glob("*.csv")):
         head, _, _ = read(record.stem)
-        print(f"{record.stem}: {summary(record.stem)}; {solved(record.stem)}; wall time {head['wall time']}")
+        print(f"{record.stem}: {summary(record.stem)}; {last20(record.stem)}; wall time {head['wall time']}")
