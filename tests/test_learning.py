@@ -158,7 +158,10 @@ def test_ppo_default_run_solves_cartpole(ppo):
     assert final_return(ppo.run("--seed", 1)) >= 475
 
 
-@pytest.mark.parametrize("flags", ["", "--norm-obs --norm-reward --clip-vloss --ent-coef 0.01 --num-envs 1"])
+@pytest.mark.parametrize(
+    "flags",
+    ["", pytest.param("--norm-obs --norm-reward --clip-vloss --ent-coef 0.01 --num-envs 1", marks=pytest.mark.slow)],
+)
 def test_ppo_finds_the_delayed_reward_of_two_states(ppo, flags):
     (ppo.folder / "two_states.py").write_text(TWO_STATES)
     few = ["--env-id", "two_states:TwoStates-v0", "--total-timesteps", 10_000, "--eval-episodes", 1]
@@ -204,7 +207,7 @@ def test_ppo_aims_with_actions_of_different_bounds(tmp_path, flags):
     """The most is 10. To aim at the middle, whatever is shown, gets 0."""
     bench = Bench(ROOT / "cleanrl_style" / "ppo_continuous.py", tmp_path)
     (tmp_path / "aim.py").write_text(AIM)
-    few = ["--env-id", "aim:Aim-v0", "--total-timesteps", 40_000, "--num-steps", 256, "--num-minibatches", 8]
+    few = ["--env-id", "aim:Aim-v0", "--total-timesteps", 80_000, "--num-steps", 256, "--num-minibatches", 8]
     assert final_return(bench.run(*few, *flags.split())) >= 9
 
 
