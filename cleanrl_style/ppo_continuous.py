@@ -31,7 +31,10 @@ Shapes   T steps of N environments in one rollout; B of them in one minibatch; O
          an action. Row t is the step from t to t+1.
 Run      python ppo_continuous.py
          python ppo_continuous.py --env-id HalfCheetah-v5
-Expect   not recorded yet
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
+         one core of an AMD EPYC that had other work, too, start-up and evaluation included:
+             Pendulum-v1  -189.4 (-241.5 to -162.5)   200k steps   55 s   now and then a swing-up fails
+         MuJoCo's environments are not recorded yet; they want other settings, such as --gamma 0.99.
 """
 
 import math
