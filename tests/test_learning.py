@@ -88,7 +88,10 @@ def test_dqn_default_run_learns_cartpole(dqn):
     assert final_return(dqn.run("--seed", 1, timeout=600)) >= 195
 
 
-@pytest.mark.parametrize("flags", ["", "--double-q --tau 0.02 --target-network-frequency 4 --num-envs 1"])
+@pytest.mark.parametrize(
+    "flags",
+    ["", pytest.param("--double-q --tau 0.02 --target-network-frequency 4 --num-envs 1", marks=pytest.mark.slow)],
+)
 def test_dqn_finds_the_delayed_reward_of_two_states(dqn, flags):
     """Among 2 states and 2 actions there is no reason to miss it."""
     (dqn.folder / "two_states.py").write_text(TWO_STATES)

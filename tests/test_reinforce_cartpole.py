@@ -410,6 +410,7 @@ def test_the_loop_hands_on_what_was_played(tmp_path, capsys, monkeypatch, normal
     assert scalars["eval/episodic_return"] == pytest.approx([np.mean(returns)])
 
 
+@pytest.mark.slow
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
     reference, _ = train(tmp_path, capsys)
     for changed in (
