@@ -373,7 +373,7 @@ class ReplayBuffer:
                 else:
                     file.truncate(math.prod(shape))
         elif not path.is_file() or path.stat().st_size != math.prod(shape):
-            fail(f"{path} is missing or cut: this run can be evaluated, but not resumed")
+            fail(f"{path} is missing, or not of --buffer-size: so this run can be evaluated, but not resumed")
         self.file = np.memmap(path, np.uint8, "r+", shape=shape)
         self.frames = torch.from_numpy(self.file)
         self.actions = torch.zeros(num_rows, num_envs, dtype=torch.uint8)
@@ -489,8 +489,6 @@ def train(args: Args) -> Path:
     target_network.load_state_dict(q_network.state_dict())
     target_network.obs_statistics = q_network.obs_statistics  # both see the same
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
-    if args.resume is not None:
-        load_checkpoint(args.resume, args)  # before the buffer is opened, whose size might have been changed
     refuse_too_large(args)
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
     buffer = ReplayBuffer(run_dir, -(-args.buffer_size // num_envs), num_envs, create=args.resume is None)
