@@ -296,7 +296,7 @@ def linear_epsilon(step: int, start: float, end: float, duration: float) -> floa
 def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
     """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
     q_values = q_network(obs).cpu()
-    if not q_values.isfinite().all():
+    if not math.isfinite(q_values.sum()):
         raise FloatingPointError("the Q-network's output is not finite; an observation may be NaN or far too large")
     random_actions = torch.randint(q_values.shape[1], (len(q_values),))
     return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))

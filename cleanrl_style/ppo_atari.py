@@ -57,7 +57,6 @@ import tyro
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -288,11 +287,17 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> 
 def act(agent: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Samples actions from pi(.|s): observations (N, ...) -> actions, log pi(a|s), V(s), each (N,), on the CPU."""
     logits, values = (output.cpu() for output in agent(obs))
-    if not logits.isfinite().all():
+    if not math.isfinite(logits.sum()):
         raise FloatingPointError("the policy's output is not finite; an observation may be NaN or far too large")
-    distribution = Categorical(logits=logits, validate_args=False)
-    actions = distribution.sample()
-    return actions, distribution.log_prob(actions), values
+    noise = torch.empty_like(logits).exponential_().log()
+    actions = (logits - noise).argmax(-1)  # Gumbel's trick: as often as softmax(logits) says, sooner than multinomial()
+    return actions, log_prob_and_entropy(logits, actions)[0], values
+
+
+def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., A), (...) -> (...), (...)."""
+    log_pi = logits.log_softmax(-1)
+    return log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
 
 
 def gae(
@@ -348,19 +353,19 @@ class Batch(NamedTuple):
 def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One gradient step on the B steps of a minibatch [D6] -> metrics, scalars."""
     logits, values = agent(batch.obs)
-    distribution = Categorical(logits=logits, validate_args=False)
-    log_ratio = distribution.log_prob(batch.actions) - batch.log_probs
+    log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
+    log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # [D7] not in the paper
     loss_pi = clipped_policy_loss(ratio, advantages, args.clip_coef)
     loss_v = value_loss(values, batch.values, batch.returns, args.clip_coef if args.clip_vloss else None)
-    entropy = distribution.entropy().mean()
+    entropy = entropies.mean()
     loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11] all gradients as one vector
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] as one vector
     optimizer.step()
     with torch.no_grad():  # [D12] what to watch
         return {

@@ -56,7 +56,6 @@ import tyro
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -210,10 +209,15 @@ class Agent(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Observations (..., O) -> logits of pi(.|s) (..., A) and V(s) (...)."""
-        if self.obs_statistics is not None:  # [C6], [C7]
-            mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
-            obs = ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)
+        obs = self.normalize(obs)
         return self.actor(obs), self.critic(obs).squeeze(-1)
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Observations (..., O) -> what the networks see."""
+        if self.obs_statistics is None:
+            return obs
+        mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
+        return ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)  # [C6], [C7]
 
 
 def make_agent(args: Args, envs: list[gym.Env]) -> Agent:
@@ -225,12 +229,19 @@ def make_agent(args: Args, envs: list[gym.Env]) -> Agent:
 
 
 @torch.no_grad()
-def act(agent: nn.Module, obs: Tensor, greedy: bool = False) -> Tensor:
+def act(agent: Agent, obs: Tensor, greedy: bool = False) -> Tensor:
     """Samples actions from pi(.|s), or takes the most probable: observations (N, O) -> (N,)."""
-    logits = agent(obs)[0].cpu()
-    if not logits.isfinite().all():
+    logits = agent.actor(agent.normalize(obs)).cpu()
+    if not math.isfinite(logits.sum()):
         raise FloatingPointError("the policy's output is not finite; an observation may be NaN or far too large")
-    return logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+    noise = 0 if greedy else torch.empty_like(logits).exponential_().log()
+    return (logits - noise).argmax(-1)  # Gumbel's trick: as often as softmax(logits) says, sooner than multinomial()
+
+
+def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., A), (...) -> (...), (...)."""
+    log_pi = logits.log_softmax(-1)
+    return log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
 
 
 def scale_rewards(
@@ -310,7 +321,7 @@ def make_batch(
     """
     logits, values = agent(obs)
     _, next_values = agent(next_obs)
-    log_probs = Categorical(logits=logits, validate_args=False).log_prob(actions)
+    log_probs, _ = log_prob_and_entropy(logits, actions)
     advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
     parts = obs, actions, log_probs, values, advantages, advantages + values
     return Batch(*(part.flatten(0, 1) for part in parts))
@@ -319,19 +330,19 @@ def make_batch(
 def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One gradient step on the B steps of a minibatch [D6] -> metrics, scalars."""
     logits, values = agent(batch.obs)
-    distribution = Categorical(logits=logits, validate_args=False)
-    log_ratio = distribution.log_prob(batch.actions) - batch.log_probs
+    log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
+    log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # [D7] not in the paper
     loss_pi = clipped_policy_loss(ratio, advantages, args.clip_coef)
     loss_v = value_loss(values, batch.values, batch.returns, args.clip_coef if args.clip_vloss else None)
-    entropy = distribution.entropy().mean()
+    entropy = entropies.mean()
     loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11] all gradients as one vector
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] as one vector
     optimizer.step()
     with torch.no_grad():  # [D12] what to watch
         return {

@@ -54,7 +54,6 @@ import tyro
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -215,10 +214,15 @@ class Agent(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Observations (..., O) -> means of pi(.|s) (..., A) and V(s) (...)."""
-        if self.obs_statistics is not None:  # [C6], [C7]
-            mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
-            obs = ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)
+        obs = self.normalize(obs)
         return self.actor(obs), self.critic(obs).squeeze(-1)
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Observations (..., O) -> what the networks see."""
+        if self.obs_statistics is None:
+            return obs
+        mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
+        return ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)  # [C6], [C7]
 
 
 def make_agent(args: Args, envs: list[gym.Env]) -> Agent:
@@ -232,10 +236,10 @@ def make_agent(args: Args, envs: list[gym.Env]) -> Agent:
 @torch.no_grad()
 def act(agent: Agent, obs: Tensor, greedy: bool = False) -> Tensor:
     """Samples actions from pi(.|s), or takes the means: observations (N, O) -> (N, A), where -1 to 1 are the bounds."""
-    means = agent(obs)[0].cpu()
-    if not means.isfinite().all():
+    means = agent.actor(agent.normalize(obs)).cpu()
+    if not math.isfinite(means.sum()):
         raise FloatingPointError("the policy's output is not finite; an observation may be NaN or far too large")
-    return means if greedy else torch.normal(means, agent.log_deviations.exp().cpu().expand_as(means))
+    return means if greedy else means + agent.log_deviations.exp().cpu() * torch.randn_like(means)
 
 
 def to_bounds(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -247,9 +251,14 @@ def to_bounds(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndar
 
 
 def log_prob_and_entropy(means: Tensor, log_deviations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(a|s) and the entropy of pi(.|s), sums over an action's numbers: (..., A), (A,), (..., A) -> (...)."""
-    distribution = Normal(means, log_deviations.exp().expand_as(means), validate_args=False)
-    return distribution.log_prob(actions).sum(-1), distribution.entropy().sum(-1)
+    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., A), (A,), (..., A) -> (...), scalar.
+
+    Both are sums over an action's numbers, each with the density of a normal distribution. As the deviations do not
+    depend on s, all states have the same entropy.
+    """
+    errors = (actions - means) / log_deviations.exp()
+    log_pi = -errors.square() / 2 - log_deviations - math.log(2 * math.pi) / 2
+    return log_pi.sum(-1), (log_deviations + (1 + math.log(2 * math.pi)) / 2).sum()
 
 
 def scale_rewards(
@@ -338,7 +347,7 @@ def make_batch(
 def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One gradient step on the B steps of a minibatch [D6] -> metrics, scalars."""
     means, values = agent(batch.obs)
-    log_probs, entropies = log_prob_and_entropy(means, agent.log_deviations, batch.actions)
+    log_probs, entropy = log_prob_and_entropy(means, agent.log_deviations, batch.actions)
     log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()
     advantages = batch.advantages
@@ -346,11 +355,10 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # [D7] not in the paper
     loss_pi = clipped_policy_loss(ratio, advantages, args.clip_coef)
     loss_v = value_loss(values, batch.values, batch.returns, args.clip_coef if args.clip_vloss else None)
-    entropy = entropies.mean()
     loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11] all gradients as one vector
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] as one vector
     optimizer.step()
     with torch.no_grad():  # [D12] what to watch
         return {

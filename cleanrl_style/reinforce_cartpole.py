@@ -31,6 +31,7 @@ Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 20 
              Acrobot-v1                    -83.4 (-91.8 to -78.0)   400k steps   30 s
 """
 
+import math
 import os
 import sys
 import time
@@ -176,7 +177,7 @@ def play_episodes(
     while running:
         batch = np.array([obs[i] for i in running], dtype=np.float32)
         logits = policy(torch.from_numpy(batch).to(device)).cpu()
-        if not logits.isfinite().all():
+        if not math.isfinite(logits.sum()):
             raise FloatingPointError("the policy's output is not finite; an observation may be NaN or far too large")
         actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
         if frames is not None and running[0] == 0 and len(frames) < MAX_FRAMES:

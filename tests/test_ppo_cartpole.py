@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.distributions import Categorical
 
 # ---- gae ------------------------------------------------------------------------------------------------------------
 
@@ -146,8 +147,13 @@ class Table(nn.Module):
         self.numbers = nn.Parameter(torch.cat([logits, values[:, None]], 1))
 
     def forward(self, obs):
-        outputs = obs @ self.numbers
-        return outputs[..., :-1], outputs[..., -1]
+        return self.actor(obs), obs @ self.numbers[:, -1]
+
+    def actor(self, obs):
+        return obs @ self.numbers[:, :-1]
+
+    def normalize(self, obs):
+        return obs
 
 
 def example(seed=0, size=12):
@@ -305,7 +311,17 @@ def test_explained_variance_by_hand():
     assert script.explained_variance(torch.ones(4), torch.ones(4)).isfinite()
 
 
-# ---- act ------------------------------------------------------------------------------------------------------------
+# ---- The policy ------------------------------------------------------------------------------------------------------------
+
+
+def test_log_probability_and_entropy_against_pytorchs_own():
+    torch.manual_seed(0)
+    logits, actions = 3 * torch.randn(5, 4, 3).double(), torch.randint(0, 3, (5, 4))
+    log_probs, entropies = script.log_prob_and_entropy(logits, actions)
+    torch.testing.assert_close(log_probs, Categorical(logits=logits).log_prob(actions))
+    torch.testing.assert_close(entropies, Categorical(logits=logits).entropy())
+    certain = script.log_prob_and_entropy(torch.tensor([0.0, 200.0]), torch.tensor(0))
+    assert [number.item() for number in certain] == [-200, 0]  # and not 0 times infinity
 
 
 def test_actions_are_as_frequent_as_the_policy_says():
