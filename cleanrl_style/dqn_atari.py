@@ -11,24 +11,27 @@ Paper    Mnih et al. (2015), "Human-level control through deep reinforcement lea
 Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
          and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
 
-             y    = r + gamma * max_a' Q_target(s', a')      the target; y = r if the episode terminated in s'
-             loss = mean of huber(Q(s, a) - y)               over B transitions (s, a, r, s')
+             y    = r + gamma * max_a' Q_target(s', a')              the target; y = r if the episode terminated in s'
+             y    = r + gamma * Q_target(s', argmax_a' Q(s', a'))    that of double Q-learning (--double-q)
+             loss = mean of huber(Q(s, a) - y)                       over B transitions (s, a, r, s')
 
          The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
          Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
          follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
-Differs  Adam in place of RMSProp, and a start of the network that lets the signal through (He et al. 2015). N games are
-         played side by side, and cut at a checkpoint, since an emulator cannot be saved. Each frame is stored once, in
-         a file. As in the paper, there is one gradient step for four steps, rewards are clipped to -1, 0 and 1, and the
-         loss of a life ends an episode; all this for the learner only, for what is logged is the true score of whole
-         games. With --norm-obs, pixels are normalised by those in the buffer, which makes moving things stand out.
+Differs  Adam in place of RMSProp, and an initialisation that lets the signal through (He et al. 2015). The target
+         network is copied every 250 gradient steps, not 10,000; exploration ends at 1%, not 10%. N games are played
+         side by side, and cut at a checkpoint, since ale-py's vector environment cannot be saved. Where only a time
+         limit ends a game, y still counts what would have followed. For the learner only, a reward becomes its sign and
+         the loss of a life ends an episode, as in the paper; what is logged are the true scores of whole games. With
+         --norm-obs, pixels are normalised by running statistics of those in the buffer, which makes moving things stand
+         out. Each frame is stored once, in the file replay.frames of the run's folder, 7.1 GB by default, which must
+         fit into memory, too.
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
          python dqn_atari.py --env-id ALE/Pong-v5 --sticky-actions 0.25
-Expect   No game has been played to its end yet, so there is no score to expect; 8,000 steps teach it to catch a ball on
-         84 x 84 pixels (tests/test_learning.py). Two cores of an AMD EPYC do 166 steps a second in bfloat16, 138 in
-         float32, with 4 environments and a gradient step on 32 transitions for every 4 (results/speed.md).
+Expect   No full training is recorded yet; 8,000 steps teach it to catch a ball (tests/test_learning.py). Two cores
+         of an AMD EPYC do 213 steps a second in bfloat16, 159 in float32 (results/speed.md).
 """
 
 import math
@@ -60,9 +63,10 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 SCRIPT = "dqn_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
+MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
 SAMPLE = 1_000  # observations that the statistics take in before each update of the target network
-MAX_FRAMES = 1_000  # that are drawn for an animated picture
+MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -73,7 +77,7 @@ class Args:
     total_timesteps: int = 10_000_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-4  # step size of Adam
-    adam_epsilon: float = 1.5e-4  # is added to the root of Adam's second moment
+    adam_epsilon: float = 1.5e-4  # is added to the denominator of Adam's step
     anneal_lr: bool = False  # lower the learning rate linearly towards 0 at the end of the run
     num_envs: int = 8  # environments that are stepped side by side (N)
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
@@ -85,21 +89,21 @@ class Args:
     end_e: float = 0.01  # epsilon at the end of its decay
     exploration_fraction: float = 0.1  # share of total-timesteps that the decay takes
     learning_starts: int = 80_000  # environment steps before the first gradient step
-    train_frequency: int = 4  # environment steps for one gradient step
+    train_frequency: int = 4  # environment steps between gradient steps
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
     loss: Literal["huber", "squared"] = "huber"  # huber: the gradient of large errors is that of an error of 1
-    norm_obs: bool = False  # shift and scale observations to mean 0 and deviation 1
+    norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
     sticky_actions: float = 0.0  # probability that the emulator repeats its last action instead of the new one
     eval_epsilon: float = 0.01  # probability of a random action in evaluation
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of convolutions and products; auto: the fastest
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CPUs made for it
     compile: bool = False  # compile the networks; for a GPU
     num_threads: int = 0  # processor threads of PyTorch; 0: as many as there are cores
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
-    checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the end
+    checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 10  # episodes to evaluate the policy with after training
@@ -131,7 +135,7 @@ class Args:
         if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # in so many rows there is one to be drawn
             raise ValueError("--learning-starts must be at least --batch-size, and 8 times --num-envs")
         if self.buffer_size < self.learning_starts:
-            raise ValueError("--buffer-size must be at least --learning-starts")
+            raise ValueError(f"--buffer-size must be at least --learning-starts, not {self.buffer_size}")
         if self.learning_starts >= self.total_timesteps:
             raise ValueError("--learning-starts must be less than --total-timesteps, or nothing is learned")
         if self.resume is not None and self.evaluate is not None:
@@ -152,8 +156,8 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """N games. Their observations are the last four frames, (N, 4, 84, 84) of uint8, the newest last, 0 before a start.
 
     The emulators run in native code, in threads of their own: `send` gives them their actions, `recv` waits for what
-    came of them. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the
-    game is over, the next step ignores its action and begins a new one.
+    came of them, in new arrays. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes
+    on. When the game is over, the next step ignores its action and begins a new one.
     """
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
@@ -162,16 +166,16 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
                 args.env_id, num_envs, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
                 repeat_action_probability=args.sticky_actions,
             )  # fmt: skip
-        envs = OwnEnvs(gym.make_vec(args.env_id, num_envs, vectorization_mode="sync"))
+        envs = OwnEnvs(gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", wrappers=[limit]))
     except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"cannot make the environment {args.env_id!r}: {error}")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84)
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0 and action_space.n <= 256
     if not (frames and obs_space.dtype == np.uint8 and discrete):
-        fail(f"needs a game such as ALE/Breakout-v5, or an environment with observations Box(0, 255, (4, 84, 84), "
-             f"uint8), the newest frame last, and actions Discrete(n) with n <= 256; {args.env_id} has {obs_space} "
-             f"and {action_space}")  # fmt: skip
+        fail(f"needs a game such as ALE/Breakout-v5, or observations Box(0, 255, (4, 84, 84), uint8), the newest frame "
+             f"last, 0 before a start, and actions Discrete(n) with n <= 256; {args.env_id} has {obs_space} and "
+             f"{action_space}")  # fmt: skip
     return envs
 
 
@@ -186,6 +190,11 @@ def make_camera(args: Args) -> gym.vector.VectorEnv | None:
         args.env_id, 1, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
         repeat_action_probability=args.sticky_actions, grayscale=False, stack_num=1, img_height=210, img_width=160,
     )  # fmt: skip
+
+
+def limit(env: gym.Env) -> gym.Env:
+    """The environment with a time limit, if it has none."""
+    return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
 
 
 class OwnEnvs(gym.vector.VectorWrapper):
@@ -251,7 +260,7 @@ class QNetwork(nn.Module):
             nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(512, num_actions)
-        for layer in self.features:  # PyTorch's own start shrinks the signal in every layer, until it drowns
+        for layer in self.features:  # PyTorch's own initialisation shrinks the signal in every layer, until it drowns
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -275,7 +284,7 @@ class QNetwork(nn.Module):
 
 
 def make_network(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> QNetwork:
-    """auto: bfloat16 where the processor has instructions for it, else float32."""
+    """A Q-network that fits the environments; auto: bfloat16 where the CPU has instructions for it, else float32."""
     has_bfloat16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and has_bfloat16)
     network = QNetwork(int(envs.single_action_space.n), bfloat16, args.norm_obs).to(device)
@@ -288,7 +297,7 @@ def make_network(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
 
 
 def linear_epsilon(step: int, start: float, end: float, duration: float) -> float:
-    """The probability of a random action: falls in a line from start at step 0 to end at step `duration`, and stays."""
+    """The probability of a random action: falls linearly from start at step 0 to end at step `duration`, and stays."""
     return end if step >= duration else start + (end - start) * step / duration
 
 
@@ -297,7 +306,7 @@ def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
     """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
     q_values = q_network(obs).cpu()
     if not math.isfinite(q_values.sum()):
-        raise FloatingPointError("the Q-network's output is not finite; an observation may be NaN or far too large")
+        raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
     random_actions = torch.randint(q_values.shape[1], (len(q_values),))
     return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
 
@@ -307,8 +316,8 @@ def td_target(
 ) -> Tensor:
     """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
 
-    The maximum of noisy estimates is too high on average. Double Q-learning, if given Q(s', .) of the online network as
-    well, lets that one choose a' and the target network value it, so that they must err together (van Hasselt, 4).
+    The maximum of noisy estimates is too high on average. So double Q-learning lets the Q-network choose a', if its
+    Q(s', .) is given as well, and the target network value it: too high only if both overestimate a' (van Hasselt, 4).
     """
     best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
@@ -321,20 +330,20 @@ def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -
 
 
 class Batch(NamedTuple):
-    """B transitions from the replay buffer."""
+    """B transitions. Row b of each:"""
 
-    obs: Tensor  # (B, 4, 84, 84)
-    actions: Tensor  # (B,)
-    rewards: Tensor  # (B,), clipped
-    next_obs: Tensor  # (B, 4, 84, 84)
-    terminated: Tensor  # (B,), True if the step ended a life or a game: nothing follows
+    obs: Tensor  # what the environment showed, not normalised, (B, 4, 84, 84)
+    actions: Tensor  # what was done then, (B,)
+    rewards: Tensor  # the sign of what it brought, (B,)
+    next_obs: Tensor  # what was seen next: after a game's last step, its last observation, (B, 4, 84, 84)
+    terminated: Tensor  # whether a life or the game is over and nothing follows; False at a time limit, (B,)
 
 
 def update(
     q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
     """One gradient step on the B transitions of a batch -> metrics, scalars."""
-    with torch.no_grad():
+    with torch.no_grad():  # the target is a constant, although the network made it
         next_q_online = q_network(batch.next_obs) if args.double_q else None
         next_q = target_network(batch.next_obs)
         target = td_target(batch.rewards, batch.terminated, next_q, args.gamma, next_q_online)
@@ -354,13 +363,12 @@ class ReplayBuffer:
 
     Row t is the step from t to t+1: the newest frame of observation t, the action, and what came of it. The three older
     frames of observation t are in the rows before, the newest one of observation t+1 is in the row after. So a row can
-    be drawn when the next one is written, and until the third before it is overwritten. `ages` says how many steps of
-    its game came before a row (4: or more); frames from before the game are 0 in what is drawn. `valid` is False where
-    a row holds only the last observation of a game, or of a game that was cut: nothing came of it.
+    be drawn when the next one is written, and until the third row before it is overwritten. `ages` says how many steps
+    of its game came before a row (4: or more); frames from before the game are 0 in what is drawn. `valid` is False
+    where a row holds only the last observation of a game, or of a game that was cut: nothing came of it.
 
-    A checkpoint does not copy gigabytes of frames. But what a run writes after it is not what a run that resumes from
-    there remembers. So rows that are about to be overwritten go to a second file first, and `load_state_dict` puts
-    them back.
+    A checkpoint leaves out the frames, which are gigabytes, but a run that resumes from it must find them as they were.
+    So rows that are overwritten later are first appended to a second file, and `load_state_dict` puts them back.
     """
 
     def __init__(self, run_dir: Path, num_rows: int, num_envs: int, create: bool) -> None:
@@ -373,7 +381,7 @@ class ReplayBuffer:
                 else:
                     file.truncate(math.prod(shape))
         elif not path.is_file() or path.stat().st_size != math.prod(shape):
-            fail(f"{path} is missing, or not of --buffer-size: so this run can be evaluated, but not resumed")
+            fail(f"{path} is missing, or not as large as --buffer-size says; a run without it can only be evaluated")
         self.file = np.memmap(path, np.uint8, "r+", shape=shape)
         self.frames = torch.from_numpy(self.file)
         self.actions = torch.zeros(num_rows, num_envs, dtype=torch.uint8)
@@ -403,7 +411,7 @@ class ReplayBuffer:
         self.rows_written += 1
 
     def sample(self, batch_size: int) -> Batch:
-        """B transitions, each as likely as any other. Left out are the oldest rows, whose older frames are gone."""
+        """B transitions, each as likely as any other; not from the newest row and the oldest, which lack frames."""
         count = min(self.rows_written, self.num_rows) - STACK
         oldest = self.rows_written - 1 - count
         rows = envs = torch.empty(0, dtype=torch.int64)
@@ -502,17 +510,13 @@ def train(args: Args) -> Path:
     writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
-        if not all(numbers.isfinite().all() for numbers in q_network.state_dict().values()):
-            raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
         writer.flush()  # the event file must not lag behind the checkpoint
-        states = {name: part.state_dict() for name, part in parts.items()}
-        counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
+        save_checkpoint(run_dir, args, parts, global_step=global_step)
         buffer.remove_old_files()
 
     first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
+    save()  # from here on there is something to resume
     try:
-        save()  # from here on there is something to resume
         with progress_bar(global_step, args.total_timesteps) as bar:
             while global_step < args.total_timesteps:
                 if obs is None:  # at the start and after each checkpoint: new games, given by seed and step alone
@@ -529,7 +533,7 @@ def train(args: Args) -> Path:
                 envs.send(actions.numpy())
                 global_step += num_envs
 
-                # Learn, while the emulators step: what is due after each of these steps.
+                # Learn, while the emulators step: what is due at the numbers of these steps.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(newest_frames(buffer.sample(SAMPLE).obs).to(device))
@@ -539,13 +543,14 @@ def train(args: Args) -> Path:
                     if step % args.target_network_frequency == 0:
                         update_target(target_network, q_network, args.tau)
 
-                # Store. A frame number that falls tells of a new game: its action was ignored, it is no transition.
+                # Store. A frame number that falls tells of a new game: this action was ignored, it is no transition.
+                # The game before is logged now, at environment i's number of this round.
                 next_obs, rewards, terminated, _, info = envs.recv()
                 new_game = info["episode_frame_number"] < frame_numbers
                 buffer.add(obs, lengths, actions.numpy(), rewards, terminated, ~new_game)
                 obs, frame_numbers = next_obs, info["episode_frame_number"]
 
-                # Log, save. Environment i's step in this round has number global_step - N + 1 + i of all.
+                # Log, save.
                 for i in np.flatnonzero(new_game):
                     recent.append(scores[i])
                     writer.add_scalar("charts/episodic_return", scores[i], global_step - num_envs + 1 + i)
@@ -561,12 +566,12 @@ def train(args: Args) -> Path:
                         writer.add_scalar(tag, value, global_step)
                     if recent:
                         bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
-                    bar.update(min(global_step, args.total_timesteps) - bar.n)
+                bar.update(min(global_step, args.total_timesteps) - bar.n)
                 if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
                     # One row more, with the last observations. The games are cut, so nothing comes of it: not valid.
                     buffer.add(obs, lengths, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
                     save()
-                    obs = None
+                    obs = None  # also where the run goes on, so that a resumed run is the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -575,7 +580,6 @@ def train(args: Args) -> Path:
     return run_dir
 
 
-@torch.no_grad()
 def evaluate(args: Args, q_network: QNetwork, run_dir: Path) -> tuple[float, float]:
     """Plays args.eval_episodes whole games, prints how it went, returns their mean score and length."""
     torch.manual_seed(args.seed)  # of the random actions
@@ -584,7 +588,7 @@ def evaluate(args: Args, q_network: QNetwork, run_dir: Path) -> tuple[float, flo
     obs, info = envs.reset(seed=seeds)
     if args.capture_video:
         camera = make_camera(args)
-        pictures = [camera.reset(seed=seeds[:1])[0]] if camera else [obs[:1]]
+        pictures = [camera.reset(seed=seeds[:1])[0]] if camera else [obs[:1].copy()]
     scores, lengths, playing = np.zeros(count), np.zeros(count), np.ones(count, dtype=bool)
     while playing.any():
         frame_numbers = info["episode_frame_number"]
@@ -594,7 +598,7 @@ def evaluate(args: Args, q_network: QNetwork, run_dir: Path) -> tuple[float, flo
         playing &= info["episode_frame_number"] > frame_numbers  # each environment plays one game
         scores, lengths = scores + rewards * playing, lengths + playing
         if args.capture_video and playing[0] and len(pictures) < MAX_FRAMES:
-            pictures.append(camera.step(actions[:1])[0] if camera else obs[:1])
+            pictures.append(camera.step(actions[:1])[0] if camera else obs[:1].copy())
     print(f"Evaluation: return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {count} episodes, "
           f"epsilon {args.eval_epsilon}")  # fmt: skip
     if args.capture_video:
@@ -624,7 +628,7 @@ def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path
 
 
 def pick_device(args: Args) -> torch.device:
-    """auto is a GPU if there is one. Also sets the number of threads, on which the last bits of the results depend."""
+    """auto: cuda if there is one, else the CPU. Also sets what the last bits of results depend on, such as threads."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(args.device, True):
         fail(f"--device {args.device}: PyTorch finds no such device on this machine")
@@ -680,8 +684,13 @@ def progress_bar(step: int, total: int) -> tqdm:
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
 
-def save_checkpoint(run_dir: Path, state: dict) -> None:
+def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
+    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
+        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -689,8 +698,8 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, and fills the parts, such as policy=policy."""
+def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
+    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
@@ -709,8 +718,8 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module |
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on, or whose policy is played, must be the one that was started, in all that it learns from."""
-    changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
+    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")

@@ -11,20 +11,27 @@ Paper    Mnih et al. (2015), "Human-level control through deep reinforcement lea
 Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
          and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
 
-             y    = r + gamma * max_a' Q_target(s', a')      the target; y = r if the episode terminated in s'
-             loss = mean of (Q(s, a) - y)^2                  over B transitions (s, a, r, s')
+             y    = r + gamma * max_a' Q_target(s', a')              the target; y = r if the episode terminated in s'
+             y    = r + gamma * Q_target(s', argmax_a' Q(s', a'))    that of double Q-learning (--double-q)
+             loss = mean of (Q(s, a) - y)^2                          over B transitions (s, a, r, s')
 
          The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
          Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
          follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
 Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that the policy settles; the plain square of
          the error; a small network, as there are no pixels. N environments are stepped side by side, and all begin new
-         episodes at a checkpoint, since the state of an environment cannot be saved. A time limit is no end: what would
-         have followed is estimated. With --norm-obs, observations are normalised by those in the buffer.
+         episodes at a checkpoint, since Gymnasium cannot save an environment's state. Where only a time limit ends an
+         episode, y still counts what would have followed. With --norm-obs, observations are normalised by running
+         statistics of what is in the buffer.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; A actions.
 Run      python dqn_cartpole.py
-         python dqn_cartpole.py --env-id Acrobot-v1 --learning-rate 1e-3 --buffer-size 50000 --batch-size 128
-             --train-frequency 4 --end-e 0.1 --exploration-fraction 0.12
+         python dqn_cartpole.py --env-id MountainCar-v0 --total-timesteps 120000 --num-envs 1 --learning-rate 4e-3
+             --buffer-size 10000 --gamma 0.98 --target-network-frequency 600 --batch-size 128 --end-e 0.07
+             --train-frequency 16 --gradient-steps 8 --hidden-size 256
+         python dqn_cartpole.py --env-id Acrobot-v1 --num-envs 1 --learning-rate 6.3e-4 --buffer-size 50000
+             --target-network-frequency 250 --batch-size 128 --end-e 0.1 --exploration-fraction 0.12
+             --train-frequency 4 --gradient-steps 4 --hidden-size 256
+         The settings of the last two are those of RL Zoo, but for a learning rate that falls.
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
          one core of an AMD EPYC that had other work, too, start-up and evaluation included:
              CartPole-v1  488.6 (386.4 to 500.0)   100k steps   60 s   nine seeds of ten reached 500.0
@@ -56,7 +63,7 @@ SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 SAMPLE = 1_000  # observations that the statistics take in before each update of the target network
-MAX_FRAMES = 1_000  # that are drawn for an animated picture
+MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -78,15 +85,16 @@ class Args:
     end_e: float = 0.05  # epsilon at the end of its decay
     exploration_fraction: float = 0.2  # share of total-timesteps that the decay takes
     learning_starts: int = 1_000  # environment steps before the first gradient step
-    train_frequency: int = 2  # environment steps for one gradient step
+    train_frequency: int = 2  # environment steps between gradient steps
+    gradient_steps: int = 1  # gradient steps each time; in bursts: the policy changes rarely, and then by more
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
-    norm_obs: bool = False  # shift and scale observations to mean 0 and deviation 1
+    norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
     hidden_size: int = 64  # units in each of the network's two hidden layers
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
-    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
+    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 100  # episodes to evaluate the policy with after training
@@ -98,7 +106,7 @@ class Args:
                 raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
         for name in (
             "total_timesteps", "num_envs", "buffer_size", "target_network_frequency", "batch_size", "train_frequency",
-            "hidden_size", "eval_episodes",
+            "gradient_steps", "hidden_size", "eval_episodes",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -161,8 +169,8 @@ TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, step) for e
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. Two streams share an episode only by chance, as
-    there are 2**32 of them.
+    So a resumed run plays the same episodes as one that never stopped. Two streams share a seed only by chance: there
+    are 2**32.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -219,7 +227,7 @@ def make_network(args: Args, envs: list[gym.Env]) -> QNetwork:
 class Batch(NamedTuple):
     """B transitions. Row b of each:"""
 
-    obs: Tensor  # what the network saw, (B, O)
+    obs: Tensor  # what the environment showed, not normalised, (B, O)
     actions: Tensor  # what was done then, (B,)
     rewards: Tensor  # what it brought, (B,)
     next_obs: Tensor  # what was seen next: after an episode's last step, its last observation, (B, O)
@@ -267,7 +275,7 @@ class ReplayBuffer:
 
 
 def linear_epsilon(step: int, start: float, end: float, duration: float) -> float:
-    """The probability of a random action: falls in a line from start at step 0 to end at step `duration`, and stays."""
+    """The probability of a random action: falls linearly from start at step 0 to end at step `duration`, and stays."""
     return end if step >= duration else start + (end - start) * step / duration
 
 
@@ -276,7 +284,7 @@ def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
     """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
     q_values = q_network(obs).cpu()
     if not math.isfinite(q_values.sum()):
-        raise FloatingPointError("the Q-network's output is not finite; an observation may be NaN or far too large")
+        raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
     random_actions = torch.randint(q_values.shape[1], (len(q_values),))
     return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
 
@@ -286,8 +294,8 @@ def td_target(
 ) -> Tensor:
     """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
 
-    The maximum of noisy estimates is too high on average. Double Q-learning, if given Q(s', .) of the online network as
-    well, lets that one choose a' and the target network value it, so that they must err together (van Hasselt, 4).
+    The maximum of noisy estimates is too high on average. So double Q-learning lets the Q-network choose a', if its
+    Q(s', .) is given as well, and the target network value it: too high only if both overestimate a' (van Hasselt, 4).
     """
     best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
@@ -349,16 +357,12 @@ def train(args: Args) -> Path:
     writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
-        if not all(numbers.isfinite().all() for numbers in q_network.state_dict().values()):
-            raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
         writer.flush()  # the event file must not lag behind the checkpoint
-        states = {name: part.state_dict() for name, part in parts.items()}
-        counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
+        save_checkpoint(run_dir, args, parts, global_step=global_step)
 
     first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
+    save()  # from here on there is something to resume
     try:
-        save()  # from here on there is something to resume
         with progress_bar(global_step, args.total_timesteps) as bar:
             while global_step < args.total_timesteps:
                 if obs is None:  # at the start and after each checkpoint: new episodes, given by seed and step alone
@@ -383,13 +387,14 @@ def train(args: Args) -> Path:
                         recent.append(returns[i])
                         obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
 
-                # Learn: what is due after each of these steps.
+                # Learn: what is due at the numbers of these steps.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(buffer.sample(SAMPLE).obs.to(device))
                     if step % args.train_frequency == 0:
-                        batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
-                        metrics = update(q_network, target_network, optimizer, batch, args.gamma, args.double_q)
+                        for _ in range(args.gradient_steps):
+                            batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
+                            metrics = update(q_network, target_network, optimizer, batch, args.gamma, args.double_q)
                     if step % args.target_network_frequency == 0:
                         update_target(target_network, q_network, args.tau)
 
@@ -404,10 +409,10 @@ def train(args: Args) -> Path:
                         writer.add_scalar(tag, value, global_step)
                     if recent:
                         bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
-                    bar.update(min(global_step, args.total_timesteps) - bar.n)
+                bar.update(min(global_step, args.total_timesteps) - bar.n)
                 if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
                     save()
-                    obs = None
+                    obs = None  # also where the run goes on, so that a resumed run is the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -531,8 +536,13 @@ def progress_bar(step: int, total: int) -> tqdm:
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
 
-def save_checkpoint(run_dir: Path, state: dict) -> None:
+def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
+    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
+        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -540,8 +550,8 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, and fills the parts, such as policy=policy."""
+def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
+    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
@@ -560,8 +570,8 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module |
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on, or whose policy is played, must be the one that was started, in all that it learns from."""
-    changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
+    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")

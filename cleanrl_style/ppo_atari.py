@@ -12,21 +12,22 @@ Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equa
          of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
 Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, then
          go over these steps several times, and make the better actions more probable and the worse ones less. The steps
-         were taken by pi_old and tell little about a policy that is very different. So the loss stops to reward a
-         change of pi(a|s) once its ratio to pi_old(a|s) is further than epsilon from 1.
+         were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards a
+         change of pi(a|s) once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is V(s), a
+         second output that learns to predict the discounted sum of rewards from s on.
 
-             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         better than expected, by one step
-             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage, by all steps to come
+             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
+             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: that, of all steps to come
              ratio   = pi(a|s) / pi_old(a|s)
              loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)      for the policy
                        + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
-                       - ent_coef * entropy of pi                                              to keep trying
+                       - ent_coef * entropy of pi                                              to keep exploring
 
-Differs  A time limit is no end: V stands for what would have followed. An emulator cannot be saved, so each checkpoint
-         begins new games, and those being played are never scored. For the learner only, a reward becomes its sign and
-         the loss of a life ends an episode; what is logged are the true scores of whole games. On by default, beyond
-         the equations: A is normalised in each minibatch, and the change of V is clipped. Off by default: --target-kl
-         and --norm-obs, which is what makes Pong quick.
+Differs  A time limit is no end: V stands for what would have followed. Ale-py's vector environment cannot be saved, so
+         each checkpoint begins new games, and those being played are never scored. For the learner only, a reward
+         becomes its sign and the loss of a life ends an episode; what is logged are the true scores of whole games. On
+         by default, beyond the equations: A is normalised in each minibatch, and the change of V is clipped. Off by
+         default: --target-kl, and --norm-obs, with which Pong is learned quickly.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; A actions. Row t is the step from t to
          t+1. One step is four frames of the game.
 Run      python ppo_atari.py
@@ -65,7 +66,8 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 SCRIPT = "ppo_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
-MAX_FRAMES = 1_000  # that are drawn for an animated picture
+MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
+MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -78,29 +80,29 @@ class Args:
     learning_rate: float = 2.5e-4  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
     num_envs: int = 8  # environments that are stepped side by side (N)
-    num_steps: int = 128  # steps in each environment between two updates (T)
+    num_steps: int = 128  # steps in each environment for one rollout (T)
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all rewards
     num_minibatches: int = 4  # parts of a rollout, one gradient step for each
     update_epochs: int = 4  # times that a rollout is learned from
-    norm_adv: bool = True  # shift and scale the advantages of a minibatch to mean 0 and deviation 1
-    clip_coef: float = 0.1  # how far from 1 the ratio of new to old probability is rewarded (epsilon)
+    norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
+    clip_coef: float = 0.1  # how far from 1 the ratio of new to old probability pays (epsilon)
     clip_vloss: bool = True  # limit the change of V to clip-coef in the value loss, too
     ent_coef: float = 0.01  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
-    target_kl: float | None = None  # end an update after an epoch that changed the policy by more than this, in nats
-    norm_obs: bool = False  # shift and scale observations to mean 0 and deviation 1
+    target_kl: float | None = None  # stop learning from a rollout after an epoch with a larger KL divergence, in nats
+    norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
     sticky_actions: float = 0.0  # probability that the emulator repeats its last action instead of the new one
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of convolutions and products; auto: the fastest
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CPUs made for it
     compile: bool = False  # compile the networks; for a GPU
     num_threads: int = 0  # processor threads of PyTorch; 0: as many as there are cores
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
-    checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the end
+    checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 10  # episodes to evaluate the policy with after training
@@ -156,15 +158,15 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
                 args.env_id, num_envs, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
                 repeat_action_probability=args.sticky_actions,
             )  # fmt: skip
-        envs = OwnEnvs(gym.make_vec(args.env_id, num_envs, vectorization_mode="sync"))
+        envs = OwnEnvs(gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", wrappers=[limit]))
     except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"cannot make the environment {args.env_id!r}: {error}")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84)
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
     if not (frames and obs_space.dtype == np.uint8 and discrete):
-        fail(f"needs a game such as ALE/Breakout-v5, or an environment with observations Box(0, 255, (4, 84, 84), "
-             f"uint8), the newest frame last, and actions Discrete(n); {args.env_id} has {obs_space} and "
+        fail(f"needs a game such as ALE/Breakout-v5, or observations Box(0, 255, (4, 84, 84), uint8), the newest frame "
+             f"last, 0 before a start, and actions Discrete(n); {args.env_id} has {obs_space} and "
              f"{action_space}")  # fmt: skip
     return envs
 
@@ -180,6 +182,11 @@ def make_camera(args: Args) -> gym.vector.VectorEnv | None:
         args.env_id, 1, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
         repeat_action_probability=args.sticky_actions, grayscale=False, stack_num=1, img_height=210, img_width=160,
     )  # fmt: skip
+
+
+def limit(env: gym.Env) -> gym.Env:
+    """The environment with a time limit, if it has none."""
+    return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
 
 
 class OwnEnvs(gym.vector.VectorWrapper):
@@ -288,9 +295,9 @@ def act(agent: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Samples actions from pi(.|s): observations (N, ...) -> actions, log pi(a|s), V(s), each (N,), on the CPU."""
     logits, values = (output.cpu() for output in agent(obs))
     if not math.isfinite(logits.sum()):
-        raise FloatingPointError("the policy's output is not finite; an observation may be NaN or far too large")
+        raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
     noise = torch.empty_like(logits).exponential_().log()
-    actions = (logits - noise).argmax(-1)  # Gumbel's trick: as often as softmax(logits) says, sooner than multinomial()
+    actions = (logits - noise).argmax(-1)  # Gumbel's trick: a sample of softmax(logits), faster than multinomial()
     return actions, log_prob_and_entropy(logits, actions)[0], values
 
 
@@ -330,7 +337,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     """mean of (V - return)^2 / 2: three of (B,) -> scalar.
 
     With a clip [D9], each error is the larger of that and the one that V would have, had it moved from V_old by no more
-    than the clip. It is not in the paper, and Huang et al. found that it does not help.
+    than the clip. It is not in the paper, and Engstrom et al. (2020) found no evidence that it helps.
     """
     errors = (values - returns).square()
     if clip_coef is not None:
@@ -342,7 +349,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
 class Batch(NamedTuple):
     """B steps of a rollout. Row b of each:"""
 
-    obs: Tensor  # what the network saw, (B, 4, 84, 84)
+    obs: Tensor  # what the environment showed, not normalised, (B, 4, 84, 84)
     actions: Tensor  # what was done then, (B,)
     log_probs: Tensor  # log pi_old(a|s), (B,)
     values: Tensor  # V_old(s), (B,)
@@ -365,14 +372,14 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
     loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] as one vector
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] all as one vector
     optimizer.step()
     with torch.no_grad():  # [D12] what to watch
         return {
             "losses/policy_loss": loss_pi.detach(),
             "losses/value_loss": loss_v.detach(),
             "losses/entropy": entropy.detach(),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # always >= 0: Schulman (2020), "Approximating KL"
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # from samples of pi_old: Schulman (2020)
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
 
@@ -381,8 +388,8 @@ def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args
     """All gradient steps on a rollout: update-epochs times over it -> the means of the minibatches' metrics."""
     metrics = []
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
-            metrics.append(update(agent, optimizer, Batch(*(part[rows] for part in batch)), args))
+        for chosen in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
+            metrics.append(update(agent, optimizer, Batch(*(part[chosen] for part in batch)), args))
         epoch_kl = sum(minibatch["losses/approx_kl"] for minibatch in metrics[-args.num_minibatches :])
         if args.target_kl is not None and epoch_kl / args.num_minibatches > args.target_kl:
             break
@@ -442,9 +449,7 @@ class Rollout:
         valid row t, at a game's end, too. (The loss of a life ends an episode without such a step.)
         """
         next_values = torch.cat([self.values[1:], last_values[None]])
-        advantages = gae(
-            self.rewards, self.values, next_values, self.terminated, self.truncated, gamma, gae_lambda
-        )
+        advantages = gae(self.rewards, self.values, next_values, self.terminated, self.truncated, gamma, gae_lambda)
         parts = self.obs, self.actions, self.log_probs, self.values, advantages, advantages + self.values
         return Batch(*(part[self.valid] for part in parts))
 
@@ -460,9 +465,9 @@ def train(args: Args) -> Path:
     envs = make_envs(args, num_envs)
     agent = make_agent(args, envs, device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not 1e-8
-    global_step = 0
+    parts, global_step = {"agent": agent, "optimizer": optimizer}, 0
     if args.resume is not None:
-        state = load_checkpoint(args.resume, args, agent=agent, optimizer=optimizer)
+        state = load_checkpoint(args.resume, args, **parts)
         global_step = state["global_step"]
         torch.set_rng_state(state["random_state"])
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
@@ -470,17 +475,13 @@ def train(args: Args) -> Path:
     writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
-        if not all(numbers.isfinite().all() for numbers in agent.state_dict().values()):
-            raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
         writer.flush()  # the event file must not lag behind the checkpoint
-        counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
-        states = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
+        save_checkpoint(run_dir, args, parts, global_step=global_step)
 
     rollout = Rollout(num_steps, num_envs)
     first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
+    save()  # from here on there is something to resume
     try:
-        save()  # from here on there is something to resume
         with progress_bar(global_step, args.total_timesteps) as bar:
             while global_step < args.total_timesteps:
                 if obs is None:  # at the start and after each checkpoint: new games, given by seed and step alone
@@ -489,11 +490,11 @@ def train(args: Args) -> Path:
                     scores, lengths = np.zeros((2, num_envs), dtype=np.int64)
                     if args.norm_obs and global_step == 0:  # before the first rollout, a first idea of the game
                         agent.obs_statistics.update(newest_frames(torch.from_numpy(obs)).to(device))
-                if args.anneal_lr:  # [D4]
+                if args.anneal_lr:  # [D4] once a rollout
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
-                # Act: T steps in every environment. A frame number that falls tells that a new game began: this
-                # step's action was ignored, the one before ended a game, which is logged as environment i's step.
+                # Act: T steps in every environment. A frame number that falls tells of a new game: this action was
+                # ignored. The game before is logged now, at environment i's number of this round.
                 for t in range(num_steps):
                     actions, log_probs, values = act(agent, torch.from_numpy(obs).to(device))
                     envs.send(actions.numpy())
@@ -512,7 +513,7 @@ def train(args: Args) -> Path:
                 _, _, last_values = act(agent, torch.from_numpy(obs).to(device))
                 batch = Batch(*(part.to(device) for part in rollout.batch(last_values, args.gamma, args.gae_lambda)))
                 metrics = learn(agent, optimizer, batch, args)
-                if args.norm_obs:
+                if args.norm_obs:  # not before: the ratio of pi to pi_old must be of equally normalised observations
                     agent.obs_statistics.update(newest_frames(batch.obs))
 
                 # Log, save.
@@ -529,7 +530,7 @@ def train(args: Args) -> Path:
                 due = times_due(global_step, num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs = None
+                    obs = None  # also where the run goes on, so that a resumed run is the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -538,7 +539,6 @@ def train(args: Args) -> Path:
     return run_dir
 
 
-@torch.no_grad()
 def evaluate(args: Args, agent: Agent, run_dir: Path) -> tuple[float, float]:
     """Plays args.eval_episodes whole games side by side, samples the actions, returns mean score and length."""
     torch.manual_seed(args.seed)  # of the random actions
@@ -547,7 +547,7 @@ def evaluate(args: Args, agent: Agent, run_dir: Path) -> tuple[float, float]:
     obs, info = envs.reset(seed=seeds)
     if args.capture_video:
         camera = make_camera(args)
-        pictures = [camera.reset(seed=seeds[:1])[0]] if camera else [obs[:1]]
+        pictures = [camera.reset(seed=seeds[:1])[0]] if camera else [obs[:1].copy()]
     scores, lengths, playing = np.zeros(count), np.zeros(count), np.ones(count, dtype=bool)
     while playing.any():
         frame_numbers = info["episode_frame_number"]
@@ -557,8 +557,8 @@ def evaluate(args: Args, agent: Agent, run_dir: Path) -> tuple[float, float]:
         playing &= info["episode_frame_number"] > frame_numbers  # each environment plays one game
         scores, lengths = scores + rewards * playing, lengths + playing
         if args.capture_video and playing[0] and len(pictures) < MAX_FRAMES:
-            pictures.append(camera.step(actions[:1])[0] if camera else obs[:1])
-    print(f"Evaluation: return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {count} episodes")
+            pictures.append(camera.step(actions[:1])[0] if camera else obs[:1].copy())
+    print(f"Evaluation: return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {count} episodes, sampled")
     if args.capture_video:
         path, milliseconds = run_dir / "episode.gif", 2 * 1000 / 15  # of every second frame, to halve the file
         size = (320, 420) if camera else (336, 336)
@@ -586,7 +586,7 @@ def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path
 
 
 def pick_device(args: Args) -> torch.device:
-    """auto is a GPU if there is one. Also sets the number of threads, on which the last bits of the results depend."""
+    """auto: cuda if there is one, else the CPU. Also sets what the last bits of results depend on, such as threads."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(args.device, True):
         fail(f"--device {args.device}: PyTorch finds no such device on this machine")
@@ -642,8 +642,13 @@ def progress_bar(step: int, total: int) -> tqdm:
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
 
-def save_checkpoint(run_dir: Path, state: dict) -> None:
+def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
+    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
+        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -651,8 +656,8 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, and fills the parts, such as policy=policy."""
+def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
+    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
@@ -671,8 +676,8 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module |
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on, or whose policy is played, must be the one that was started, in all that it learns from."""
-    changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
+    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")

@@ -12,20 +12,21 @@ Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equa
          control, C1 to C9 of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
 Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, then
          go over these steps several times, and make the better actions more probable and the worse ones less. The steps
-         were taken by pi_old and tell little about a policy that is very different. So the loss stops to reward a
-         change of pi(a|s) once its ratio to pi_old(a|s) is further than epsilon from 1.
+         were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards a
+         change of pi(a|s) once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is V(s), a
+         second output that learns to predict the discounted sum of rewards from s on.
 
-             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         better than expected, by one step
-             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage, by all steps to come
+             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
+             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: that, of all steps to come
              ratio   = pi(a|s) / pi_old(a|s)
              loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)      for the policy
                        + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
-                       - ent_coef * entropy of pi                                              to keep trying
+                       - ent_coef * entropy of pi                                              to keep exploring
 
 Differs  A time limit is no end: what would have followed is estimated. All environments begin new episodes at a
-         checkpoint, since the state of an environment cannot be saved. Off by default: the entropy bonus, the clip of
-         the value loss, the end of an update by its KL divergence, and the normalisations of observations and rewards,
-         which are what it takes for MountainCar.
+         checkpoint, since Gymnasium cannot save an environment's state. Off by default: the entropy bonus, the clip of
+         the value loss, the early stop by the KL divergence, and the normalisations of observations and of rewards, the
+         two of which MountainCar needs.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; A actions.
          Row t is the step from t to t+1.
 Run      python ppo_cartpole.py
@@ -61,7 +62,7 @@ from tqdm import tqdm
 
 SCRIPT = "ppo_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # that are drawn for an animated picture
+MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -74,25 +75,25 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
     num_envs: int = 8  # environments that are stepped side by side (N)
-    num_steps: int = 32  # steps in each environment between two updates (T)
+    num_steps: int = 32  # steps in each environment for one rollout (T)
     gamma: float = 0.98  # discount factor
     gae_lambda: float = 0.8  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all rewards
     num_minibatches: int = 1  # parts of a rollout, one gradient step for each
     update_epochs: int = 20  # times that a rollout is learned from
-    norm_adv: bool = True  # shift and scale the advantages of a minibatch to mean 0 and deviation 1
-    clip_coef: float = 0.2  # how far from 1 the ratio of new to old probability is rewarded (epsilon)
+    norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
+    clip_coef: float = 0.2  # how far from 1 the ratio of new to old probability pays (epsilon)
     clip_vloss: bool = False  # limit the change of V to clip-coef in the value loss, too
     ent_coef: float = 0.0  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
-    target_kl: float | None = None  # end an update after an epoch that changed the policy by more than this, in nats
-    norm_obs: bool = False  # shift and scale observations to mean 0 and deviation 1
-    norm_reward: bool = False  # scale rewards so that the discounted sum so far has deviation 1
+    target_kl: float | None = None  # stop learning from a rollout after an epoch with a larger KL divergence, in nats
+    norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
+    norm_reward: bool = False  # scale rewards: the discounted sum so far gets standard deviation 1
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
-    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
+    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 100  # episodes to evaluate the policy with after training
@@ -162,8 +163,8 @@ TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, step) for e
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. Two streams share an episode only by chance, as
-    there are 2**32 of them.
+    So a resumed run plays the same episodes as one that never stopped. Two streams share a seed only by chance: there
+    are 2**32.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -189,7 +190,7 @@ class RunningStatistics(nn.Module):
 
 
 def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
-    """A linear layer that starts as an orthogonal matrix times gain, without a bias [D2]."""
+    """A linear layer that starts as an orthogonal matrix times gain, with a bias of 0 [D2]."""
     linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
     nn.init.zeros_(linear.bias)
@@ -217,7 +218,7 @@ class Agent(nn.Module):
         if self.obs_statistics is None:
             return obs
         mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
-        return ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)  # [C6], [C7]
+        return ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)  # [C6] normalised, [C7] clipped
 
 
 def make_agent(args: Args, envs: list[gym.Env]) -> Agent:
@@ -233,9 +234,9 @@ def act(agent: Agent, obs: Tensor, greedy: bool = False) -> Tensor:
     """Samples actions from pi(.|s), or takes the most probable: observations (N, O) -> (N,)."""
     logits = agent.actor(agent.normalize(obs)).cpu()
     if not math.isfinite(logits.sum()):
-        raise FloatingPointError("the policy's output is not finite; an observation may be NaN or far too large")
+        raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
     noise = 0 if greedy else torch.empty_like(logits).exponential_().log()
-    return (logits - noise).argmax(-1)  # Gumbel's trick: as often as softmax(logits) says, sooner than multinomial()
+    return (logits - noise).argmax(-1)  # Gumbel's trick: a sample of softmax(logits), faster than multinomial()
 
 
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,8 +250,8 @@ def scale_rewards(
 ) -> tuple[Tensor, Tensor]:
     """Divides rewards (T, N) by the running deviation of R_t = r_t + gamma * R_{t-1} [C8], and clips them [C9].
 
-    R is 0 before an episode's first step. `before` (N,) is R just before row 0: what the call for the rollout before
-    returned as its second result, or 0 where new episodes begin.
+    They are not shifted, as that would change what is worth doing. R is 0 before an episode's first step. `before` (N,)
+    is R just before row 0: the second result of the call for the rollout before, or 0 where new episodes begin.
     """
     sums = torch.empty_like(rewards)
     for t in range(len(rewards)):
@@ -290,7 +291,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     """mean of (V - return)^2 / 2: three of (B,) -> scalar.
 
     With a clip [D9], each error is the larger of that and the one that V would have, had it moved from V_old by no more
-    than the clip. It is not in the paper, and Huang et al. found that it does not help.
+    than the clip. It is not in the paper, and Engstrom et al. (2020) found no evidence that it helps.
     """
     errors = (values - returns).square()
     if clip_coef is not None:
@@ -342,14 +343,14 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
     loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] as one vector
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] all as one vector
     optimizer.step()
     with torch.no_grad():  # [D12] what to watch
         return {
             "losses/policy_loss": loss_pi.detach(),
             "losses/value_loss": loss_v.detach(),
             "losses/entropy": entropy.detach(),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # always >= 0: Schulman (2020), "Approximating KL"
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # from samples of pi_old: Schulman (2020)
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
 
@@ -358,8 +359,8 @@ def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args
     """All gradient steps on a rollout: update-epochs times over it -> the means of the minibatches' metrics."""
     metrics = []
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
-            metrics.append(update(agent, optimizer, Batch(*(part[rows] for part in batch)), args))
+        for chosen in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
+            metrics.append(update(agent, optimizer, Batch(*(part[chosen] for part in batch)), args))
         epoch_kl = sum(minibatch["losses/approx_kl"] for minibatch in metrics[-args.num_minibatches :])
         if args.target_kl is not None and epoch_kl / args.num_minibatches > args.target_kl:
             break
@@ -387,10 +388,10 @@ def train(args: Args) -> Path:
     torch.set_num_threads(1)  # for a network this small, a second thread costs more than it brings
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    envs, num_envs = make_envs(args), args.num_envs  # [D1]
+    envs, num_envs = make_envs(args), args.num_envs  # [D1] several side by side
     first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always from 0
     agent, reward_statistics = make_agent(args, envs).to(device), RunningStatistics(1).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [D3]
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not 1e-8
     parts, global_step = {"agent": agent, "optimizer": optimizer, "reward_statistics": reward_statistics}, 0
     if args.resume is not None:
         state = load_checkpoint(args.resume, args, **parts)
@@ -401,23 +402,19 @@ def train(args: Args) -> Path:
     writer = open_log(run_dir, args, global_step)
 
     def save() -> None:
-        if not all(numbers.isfinite().all() for numbers in agent.state_dict().values()):
-            raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
         writer.flush()  # the event file must not lag behind the checkpoint
-        states = {name: part.state_dict() for name, part in parts.items()}
-        counters = {"global_step": global_step, "random_state": torch.get_rng_state()}
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
+        save_checkpoint(run_dir, args, parts, global_step=global_step)
 
     first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
+    save()  # from here on there is something to resume
     try:
-        save()  # from here on there is something to resume
         with progress_bar(global_step, args.total_timesteps) as bar:
             while global_step < args.total_timesteps:
                 if obs is None:  # at the start and after each checkpoint: new episodes, given by seed and step alone
                     seeds = episode_seeds(args.seed, (TRAINING, global_step), num_envs)
                     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
                     returns, lengths, sums = [0.0] * num_envs, [0] * num_envs, torch.zeros(num_envs, device=device)
-                if args.anneal_lr:  # [D4]
+                if args.anneal_lr:  # [D4] once a rollout
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
                 # Act: T steps in every environment. Where an episode ends, the next one begins.
@@ -463,7 +460,7 @@ def train(args: Args) -> Path:
                 due = times_due(global_step, args.num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs = None
+                    obs = None  # also where the run goes on, so that a resumed run is the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -587,8 +584,13 @@ def progress_bar(step: int, total: int) -> tqdm:
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
 
-def save_checkpoint(run_dir: Path, state: dict) -> None:
+def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
+    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
+        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -596,8 +598,8 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, and fills the parts, such as policy=policy."""
+def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
+    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
@@ -616,8 +618,8 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module |
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on, or whose policy is played, must be the one that was started, in all that it learns from."""
-    changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
+    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")

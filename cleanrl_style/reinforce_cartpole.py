@@ -8,17 +8,18 @@
 
 Paper    Williams (1992), "Simple statistical gradient-following algorithms for connectionist reinforcement
          learning". Equation numbers are those of Sutton and Barto (2018), "Reinforcement Learning", 2nd edition.
-Idea     Play whole episodes with the current policy pi(a|s). Then make every action more likely if more reward came
-         after it than usual, and less likely if less did. On average, that is a step up the gradient of J, the
-         expected return of an episode. No value function, no model, no replay buffer.
+Idea     Play whole episodes with the current policy pi(a|s), the probability of action a where s is observed. Then make
+         every action more likely if more reward came after it than usual, and less likely if less did. On average, that
+         is a step up the gradient of J, the expected return of an episode. Nothing but the policy is learned.
 
              G_t    = r_t + gamma * G_{t+1}                           the return from step t on (3.9)
-             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient (13.5, 13.10)
+             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient, for gamma = 1 (13.5, 13.10)
 
 Differs  Adam takes one step for several episodes together. The baseline b_t is their mean return from the same step t
-         on, and the differences are scaled to deviation 1. The factor gamma^t of the book's algorithm is left out, as
-         nearly everybody does; the gradient is then that of J for gamma = 1 only. A time limit counts as an end, since
-         nothing here estimates what would have followed: the agent learns to do well within the limit.
+         on, and the differences are scaled to standard deviation 1. With gamma < 1, later rewards, which are mostly
+         noise to a_t, count less; the factor gamma^t that would make the gradient exact again is left out, as nearly
+         everybody does. A time limit counts as an end, since nothing here estimates what would have followed: the agent
+         learns to do well within the limit.
 Shapes   N episodes of an update; T steps of an episode; B steps of all N episodes together; O numbers of an
          observation; A actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
 Run      python reinforce_cartpole.py
@@ -54,7 +55,7 @@ from tqdm import tqdm
 
 SCRIPT = "reinforce_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # that are drawn for an animated picture
+MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -68,12 +69,12 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
     gamma: float = 0.99  # discount factor
     episodes_per_update: int = 8  # whole episodes in one gradient step (N)
-    normalize_returns: bool = True  # subtract the baseline from the returns and scale them to deviation 1
+    normalize_returns: bool = True  # subtract the baseline and scale to standard deviation 1: G_t - b_t for G_t
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
-    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the end
+    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 100  # episodes to evaluate the policy with after training
@@ -178,7 +179,7 @@ def play_episodes(
         batch = np.array([obs[i] for i in running], dtype=np.float32)
         logits = policy(torch.from_numpy(batch).to(device)).cpu()
         if not math.isfinite(logits.sum()):
-            raise FloatingPointError("the policy's output is not finite; an observation may be NaN or far too large")
+            raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
         actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
         if frames is not None and running[0] == 0 and len(frames) < MAX_FRAMES:
             frames.append(envs[0].render())
@@ -200,8 +201,8 @@ TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, update) for
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. Two streams share an episode only by chance, as
-    there are 2**32 of them.
+    So a resumed run plays the same episodes as one that never stopped. Two streams share a seed only by chance: there
+    are 2**32.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -220,26 +221,26 @@ def discounted_returns(rewards: list[float], gamma: float) -> Tensor:
 def normalize_returns(returns: list[Tensor]) -> Tensor:
     """(G_t - b_t) / deviation, b_t being the mean of G_t over the n episodes that reached step t: N of (T,) -> (B,).
 
-    b_t is how much is usually left to earn at step t. So the last steps are not bad for being the last, and where all
+    b_t is how much is usually left to earn at step t. So a step is not judged bad merely for being late, and where all
     episodes went alike, the gradient is 0. A baseline that a_t cannot influence leaves the expected gradient as it is
-    (13.10); this one has 1/n of G_t itself in it, which makes step t's part 1 - 1/n as long: nothing where only one
-    episode got so far. Dividing by the deviation makes the step independent of the unit of the rewards. It also biases,
-    as it depends on the actions: rare, large returns count for less.
+    (13.10); this one contains 1/n of G_t itself, which scales the gradient of step t by 1 - 1/n: to 0 where only one
+    episode got that far. Dividing by the standard deviation of all B differences makes the step independent of the unit
+    of the rewards, at the price of a bias: a batch with a rare, large return is divided by more.
     """
     lengths = torch.tensor([len(episode) for episode in returns])
     padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
     reached = torch.arange(padded.shape[1]) < lengths[:, None]  # (N, longest T), False after an episode's end
-    padded = (padded - padded[lengths.argmax()]) * reached  # equal returns: exactly 0, not rounding errors scaled up
+    padded = (padded - padded[lengths.argmax()]) * reached  # changes no difference, but equal returns get exactly 0
     baseline = padded.sum(0) / reached.sum(0)  # (longest T,)
     differences = (padded - baseline)[reached]  # (B,), episode after episode
     return differences / (differences.std(correction=0) + 1e-8)
 
 
 def policy_loss(log_probs: Tensor, returns: Tensor, num_episodes: int) -> Tensor:
-    """-1/N sum_t G_t * log pi(a_t|s_t) over all steps of N episodes: (B,), (B,) -> scalar.
+    """-1/N * sum of G_t * log pi(a_t|s_t) over all steps of N episodes: (B,), (B,) -> scalar.
 
-    A step down its gradient is the update (13.8), averaged over the episodes; if returns holds G_t - b_t, (13.11). The
-    number itself says little.
+    A step down its gradient is the update (13.8), averaged over the episodes; if returns holds G_t - b_t, (13.11). Only
+    the gradient means something: a lower loss is not a better policy.
     """
     return -(returns * log_probs).sum() / num_episodes
 
@@ -247,7 +248,7 @@ def policy_loss(log_probs: Tensor, returns: Tensor, num_episodes: int) -> Tensor
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, obs: Tensor, actions: Tensor, returns: Tensor, num_episodes: int
 ) -> dict[str, Tensor]:
-    """One gradient step on the B steps of N episodes: obs (B, O), actions (B,), returns (B,) -> metrics."""
+    """One gradient step on the B steps of N episodes: obs (B, O), actions (B,), returns (B,) -> metrics, scalars."""
     distribution = Categorical(logits=policy(obs), validate_args=False)
     loss = policy_loss(distribution.log_prob(actions), returns, num_episodes)
     optimizer.zero_grad()
@@ -256,6 +257,11 @@ def update(
     if not (loss.isfinite() and all(weights.isfinite().all() for weights in policy.parameters())):
         raise FloatingPointError(f"the loss is {loss.item()}, or a weight is no longer finite")
     return {"losses/policy_loss": loss.detach(), "losses/entropy": distribution.entropy().mean().detach()}
+
+
+def times_due(step: int, count: int, frequency: int) -> int:
+    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
+    return step // frequency - (step - count) // frequency if frequency else 0
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -269,9 +275,9 @@ def train(args: Args) -> Path:
     envs = make_envs(args)
     policy = Policy(envs[0].observation_space.shape[0], int(envs[0].action_space.n)).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
-    global_step = num_updates = 0
+    parts, global_step, num_updates = {"policy": policy, "optimizer": optimizer}, 0, 0
     if args.resume is not None:
-        state = load_checkpoint(args.resume, args, policy=policy, optimizer=optimizer)
+        state = load_checkpoint(args.resume, args, **parts)
         global_step, num_updates = state["global_step"], state["num_updates"]
         torch.set_rng_state(state["random_state"])
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
@@ -280,9 +286,7 @@ def train(args: Args) -> Path:
 
     def save() -> None:
         writer.flush()  # the event file must not lag behind the checkpoint
-        counters = {"global_step": global_step, "num_updates": num_updates, "random_state": torch.get_rng_state()}
-        states = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": settings(args)} | counters | states)
+        save_checkpoint(run_dir, args, parts, global_step=global_step, num_updates=num_updates)
 
     save()  # from here on there is something to resume
     first_step, start_time = global_step, time.perf_counter()
@@ -318,11 +322,11 @@ def train(args: Args) -> Path:
                     writer.add_scalar(tag, value, global_step)
                 bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
-                if args.checkpoint_frequency and global_step % args.checkpoint_frequency < len(actions):
+                due = times_due(global_step, len(actions), args.checkpoint_frequency)
+                if due or global_step >= args.total_timesteps:
                     save()
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
-    save()
 
     log_evaluation(writer, args, run_dir, global_step, *evaluate(args, envs, policy, run_dir))
     print(run_dir)
@@ -418,8 +422,13 @@ def progress_bar(step: int, total: int) -> tqdm:
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
 
-def save_checkpoint(run_dir: Path, state: dict) -> None:
+def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
+    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
+        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -427,8 +436,8 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, and fills the parts, such as policy=policy."""
+def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
+    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
@@ -447,8 +456,8 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts: nn.Module |
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on, or whose policy is played, must be the one that was started, in all that it learns from."""
-    changeable = HOUSEKEEPING - {"exp_name", "runs_dir"} | {"total_timesteps"}
+    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")

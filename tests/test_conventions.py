@@ -315,12 +315,11 @@ def test_packages_that_are_not_named_come_with_one_that_is():
 
 
 def test_readme_and_docstrings_say_what_the_records_say():
-    records = sorted((ROOT / "tests" / "benchmarks" / "results").glob("*.csv"))
-    assert records
-    for record in records:
-        summary = plot.summary(record.stem)
-        docstring = ast.get_docstring(ast.parse(SOURCES[record.stem.split("__")[0] + ".py"]))
-        assert summary in " ".join(README.split()), f"{record.stem}: {summary}"
-        assert summary.split(",")[0] in docstring, f"{record.stem}: {summary}"
-        assert plot.last20(record.stem) in " ".join(README.split()), f"{record.stem}: {plot.last20(record.stem)}"
-        assert plot.last20(record.stem) in " ".join(docstring.split()), f"{record.stem}: {plot.last20(record.stem)}"
+    assert plot.records()
+    assert plot.with_tables(README) == README, "python tests/benchmarks/plot.py writes the tables"
+    assert plot.speed_page() == (plot.RESULTS / "speed.md").read_text()
+    assert f"{plot.times_the_tutorial()} as many steps a second as the usual tutorial's" in " ".join(README.split())
+    for record in plot.records():
+        docstring = " ".join(ast.get_docstring(ast.parse(SOURCES[record.split("__")[0] + ".py"])).split())
+        assert plot.summary(record) in docstring, f"{record}: {plot.summary(record)}"
+        assert plot.last20(record) in docstring and plot.last20(record) in " ".join(README.split()), record

@@ -10,6 +10,7 @@ import time
 import dqn_atari as script
 import gymnasium as gym
 import numpy as np
+import ppo_atari
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -324,6 +325,31 @@ def test_the_camera_films_the_same_game():
         picture, reward, end, _, filmed = camera.step(actions[:1])
         assert rewards[0] == reward[0] and terminated[0] == end[0]
     assert picture.shape == (1, 1, 210, 160, 3) and len(np.unique(picture.reshape(-1, 3), axis=0)) > 3
+
+
+class Endless(gym.Env):
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros((4, 84, 84), np.uint8), {}
+
+    def step(self, action):
+        return np.zeros((4, 84, 84), np.uint8), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("module", [script, ppo_atari], ids=["dqn_atari", "ppo_atari"])
+@pytest.mark.parametrize("declared, expected", [(None, 6), (9, 9)])
+def test_an_environment_without_a_time_limit_gets_one(monkeypatch, module, declared, expected):
+    gym.register("EndlessFrames-v0", entry_point=Endless, max_episode_steps=declared, disable_env_checker=True)
+    monkeypatch.setattr(module, "MAX_EPISODE_STEPS", 6)
+    envs = module.make_envs(module.Args(env_id="EndlessFrames-v0"), 2)
+    envs.reset(seed=[1, 2])
+    ends = []
+    for _ in range(expected):
+        envs.send(np.zeros(2, dtype=np.int64))
+        ends.append(envs.recv()[3].tolist())
+    assert ends == [[False, False]] * (expected - 1) + [[True, True]]
 
 
 def test_env_seeds_never_meet_and_fit_the_emulator():
@@ -725,7 +751,7 @@ def test_a_buffer_of_another_size_is_refused_as_such(tmp_path, capsys):
     (run_dir,) = tmp_path.iterdir()
     with pytest.raises(SystemExit):
         train(tmp_path, capsys, resume=str(run_dir), total_timesteps=500, buffer_size=200)
-    assert "not of --buffer-size" in capsys.readouterr().err
+    assert "not as large as --buffer-size says" in capsys.readouterr().err
 
 
 def test_auto_precision_is_what_the_processor_has(monkeypatch):

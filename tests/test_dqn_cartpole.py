@@ -425,17 +425,19 @@ def follow(monkeypatch):
     return notes
 
 
-@pytest.mark.parametrize("num_envs, train_frequency, target_frequency, learning_starts", [
-    (1, 1, 10, 16), (1, 7, 10, 50), (4, 4, 4, 50), (4, 2, 6, 50), (4, 10, 25, 50), (3, 5, 1, 50), (8, 1, 3, 101),
+@pytest.mark.parametrize("num_envs, train_frequency, gradient_steps, target_frequency, learning_starts", [
+    (1, 1, 1, 10, 16), (1, 7, 3, 10, 50), (4, 4, 1, 4, 50), (4, 2, 2, 6, 50), (4, 10, 1, 25, 50), (3, 5, 1, 1, 50),
+    (8, 1, 1, 3, 101),
 ])  # fmt: skip
 def test_the_loop_does_each_thing_when_it_is_due(
-    tmp_path, monkeypatch, num_envs, train_frequency, target_frequency, learning_starts
+    tmp_path, monkeypatch, num_envs, train_frequency, gradient_steps, target_frequency, learning_starts
 ):
     """The same again in a plain loop over the steps; first a round of steps, then what is due after each of them."""
     notes = follow(monkeypatch)
     state, _ = train(
         tmp_path, num_envs=num_envs, train_frequency=train_frequency, target_network_frequency=target_frequency,
         learning_starts=learning_starts, total_timesteps=400, tau=0.5, gamma=0.8, double_q=True, end_e=0.2,
+        gradient_steps=gradient_steps,
     )  # fmt: skip
     steps, expected = diary(num_envs, 400), []
     for first in range(0, 400, num_envs):
@@ -444,7 +446,7 @@ def test_the_loop_does_each_thing_when_it_is_due(
         for step in range(first + 1, first + num_envs + 1):
             if step >= learning_starts and step % train_frequency == 0:
                 rate = pytest.approx(1e-2 * (1 - first / 400))
-                expected.append(("update", (rate, torch.optim.Adam, 16, 0.8, True)))
+                expected += [("update", (rate, torch.optim.Adam, 16, 0.8, True))] * gradient_steps
             if step >= learning_starts and step % target_frequency == 0:
                 expected.append(("update_target", 0.5))
     assert notes[: len(expected)] == expected
@@ -682,7 +684,7 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
         {"learning_rate": 5e-3}, {"anneal_lr": False}, {"num_envs": 3}, {"buffer_size": 100}, {"gamma": 0.9},
         {"tau": 0.5}, {"target_network_frequency": 50}, {"batch_size": 15}, {"start_e": 0.9}, {"end_e": 0.5},
         {"exploration_fraction": 0.2}, {"learning_starts": 100}, {"train_frequency": 5}, {"double_q": True},
-        {"hidden_size": 15}, {"seed": 2}, {"total_timesteps": 700}, {"checkpoint_frequency": 250},
+        {"gradient_steps": 2}, {"hidden_size": 15}, {"seed": 2}, {"total_timesteps": 700}, {"checkpoint_frequency": 250},
     ):  # fmt: skip
         state, _ = train(tmp_path, **few | changed)
         assert not same(state["q_network"], reference["q_network"]), changed
@@ -709,6 +711,7 @@ def test_an_environment_without_a_time_limit_gets_one(monkeypatch):
 @pytest.mark.parametrize("flag, settings", [
     ("--num-envs", {"num_envs": 0}), ("--buffer-size", {"buffer_size": 0}), ("--batch-size", {"batch_size": 0}),
     ("--train-frequency", {"train_frequency": 0}), ("--hidden-size", {"hidden_size": 0}),
+    ("--gradient-steps", {"gradient_steps": 0}),
     ("--target-network-frequency", {"target_network_frequency": 0}), ("--start-e", {"start_e": 1.01}),
     ("--end-e", {"end_e": -0.01}), ("--end-e", {"end_e": math.nan}), ("--gamma", {"gamma": -0.1}),
     ("--exploration-fraction", {"exploration_fraction": 1.5}), ("--tau", {"tau": 0.0}), ("--tau", {"tau": 1.1}),

@@ -294,9 +294,10 @@ def test_the_learning_rate_falls_in_a_line_or_stays(tmp_path, capsys, monkeypatc
 
 def test_checkpoints_are_written_when_due_and_each_begins_games_of_its_own(tmp_path, capsys, monkeypatch):
     """Rollouts of 60 steps: what is due at 90 and at 180 is done at 120 and at 180."""
-    saved, seeds = recorded(monkeypatch, "save_checkpoint"), recorded(monkeypatch, "env_seeds")
+    steps, save, seeds = [], script.save_checkpoint, recorded(monkeypatch, "env_seeds")
+    monkeypatch.setattr(script, "save_checkpoint", lambda *a, **counters: [save(*a, **counters), steps.append(counters)])
     train(tmp_path, capsys, checkpoint_frequency=90, seed=3)
-    assert [state["global_step"] for (_, state), _ in saved] == [0, 120, 180, 240]
+    assert steps == [{"global_step": step} for step in (0, 120, 180, 240)]
     streams = [(3, (script.TRAINING, step), 4) for step in (0, 120, 180)] + [(3, (script.EVALUATION,), 2)]
     assert [tuple(arguments) for arguments, _ in seeds] == streams
 

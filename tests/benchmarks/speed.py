@@ -5,14 +5,16 @@
 
 Machines are noisy: nothing else may run meanwhile, and only the ratios and medians mean something. Every figure is of
 a whole training, with its gradient steps and its logs, without start-up, evaluation, and the steps before learning
-starts. Peak memory is that of the whole process. Prints a table in Markdown. DIR is a clone of CleanRL, whose Python has
-what its scripts import; they are run as they are, but for the settings that this file gives both sides. --sb3-python is
-a Python with Stable-Baselines3.
+starts. Peak memory is that of the whole process. The floor is what is left if only matrix products at their best and
+the emulator take time (floor.py). DIR is a clone of CleanRL, whose Python has what its scripts import; they are run as
+they are, but for the settings that this file gives both sides. --sb3-python is a Python with Stable-Baselines3.
+
+Each group is written to results/speed/<group>.csv, all rounds; plot.py makes the tables of them.
 """
 
 import argparse
+import csv
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -73,6 +75,17 @@ def sb3(algorithm: str, seed: int, steps: int, first: int) -> tuple[float, float
     return float(out.split()[-1]), memory
 
 
+def floor(script: str, first: int, last: int, *flags: object) -> tuple[float, float]:
+    out, _ = run(sys.executable, HERE / "floor.py", script, first, last, *flags)
+    return float(out.split()[-1]), float("nan")
+
+
+def versions(python: str, *packages: str) -> str:
+    """What that Python has installed."""
+    code = "import sys; from importlib.metadata import version; print(*(f'{p} {version(p)}' for p in sys.argv[1:]), sep=', ')"
+    return run(python, "-c", code, *packages)[0].strip()
+
+
 def tutorial(seed: int) -> tuple[float, float]:
     out, memory = run(sys.executable, HERE / "tutorial_reinforce.py", seed, 20_000)
     return float(out.split()[0]), memory
@@ -82,9 +95,10 @@ TEXTBOOK = ["--episodes-per-update", 1, "--no-normalize-returns", "--no-anneal-l
 
 # CleanRL's settings, where ours are others; both sides act by their networks, not at random, all the time.
 DQN = ["--total-timesteps", 40_000, "--learning-starts", 10_000, "--start-e", 0.05, "--end-e", 0.05]
-OUR_DQN = [*DQN, "--buffer-size", 10_000, "--train-frequency", 10, "--target-network-frequency", 500, "--batch-size", 128]
+OUR_DQN = [*DQN, "--buffer-size", 10_000, "--train-frequency", 10, "--target-network-frequency", 500, "--batch-size", 128,
+           "--hidden-size", 128]  # fmt: skip
 ATARI = ["--total-timesteps", 5_000, "--learning-starts", 1_000, "--buffer-size", 20_000, "--start-e", 0.01]
-OUR_ATARI = [*ATARI, "--num-envs", 4, "--adam-epsilon", 1e-8]
+OUR_ATARI = [*ATARI, "--adam-epsilon", 1e-8]
 
 PPO = ["--total-timesteps", 60_000]
 OUR_PPO = [*PPO, *"--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-vloss --gamma 0.99 "
@@ -94,43 +108,51 @@ OUR_CONTINUOUS = [*CONTINUOUS, *"--num-envs 1 --num-steps 2048 --num-minibatches
                   "--gamma 0.99 --gae-lambda 0.95 --learning-rate 3e-4".split()]  # fmt: skip
 PPO_ATARI = ["--total-timesteps", 12_000]  # all other settings are the same on both sides
 
-# Each row of the table: its name, and what measures it, given a seed. The first row of a group is what the others are
-# compared with.
+# Each row of a table: its name, and what measures it, given a seed. Names begin with whose program it is. The first row
+# of a group is what the others are compared with.
 GROUPS = {
     "reinforce": {
         "the tutorial's program, mended only to run": tutorial,
         "reinforce_cartpole.py": lambda seed: ours("reinforce_cartpole", seed),
         "reinforce_cartpole.py, closest to the textbook": lambda seed: ours("reinforce_cartpole", seed, *TEXTBOOK),
+        "floor": lambda seed: floor("reinforce_cartpole", 10_000, 20_000),
     },
     "dqn": {
         "CleanRL's dqn.py": lambda seed: cleanrl("dqn", seed, *DQN, first=11_000),
         "Stable-Baselines3's DQN": lambda seed: sb3("dqn", seed, DQN[1], 11_000),
-        "dqn_cartpole.py": lambda seed: ours(
-            "dqn_cartpole", seed, *OUR_DQN, "--num-envs", 10, "--hidden-size", 128, first=11_000
-        ),
+        "dqn_cartpole.py": lambda seed: ours("dqn_cartpole", seed, *OUR_DQN, "--num-envs", 10, first=11_000),
         "dqn_cartpole.py, one environment": lambda seed: ours(
-            "dqn_cartpole", seed, *OUR_DQN, "--num-envs", 1, "--hidden-size", 128, first=11_000
+            "dqn_cartpole", seed, *OUR_DQN, "--num-envs", 1, first=11_000
         ),
+        "floor": lambda seed: floor("dqn_cartpole", 12_000, 16_000, *OUR_DQN, "--num-envs", 10),
     },
     "dqn_atari": {
         "CleanRL's dqn_atari.py": lambda seed: cleanrl("dqn_atari", seed, *ATARI, first=1_500),
+        "Stable-Baselines3's DQN": lambda seed: sb3("dqn_atari", seed, ATARI[1], 1_500),
         "dqn_atari.py, bfloat16": lambda seed: ours("dqn_atari", seed, *OUR_ATARI, "--precision", "bfloat16", first=1_500),
         "dqn_atari.py, float32": lambda seed: ours("dqn_atari", seed, *OUR_ATARI, "--precision", "float32", first=1_500),
+        "floor, bfloat16": lambda seed: floor("dqn_atari", 1_200, 1_600, *OUR_ATARI, "--precision", "bfloat16"),
+        "floor, float32": lambda seed: floor("dqn_atari", 1_200, 1_600, *OUR_ATARI, "--precision", "float32"),
     },
     "ppo": {
         "CleanRL's ppo.py": lambda seed: cleanrl("ppo", seed, *PPO, first=5_000),
         "Stable-Baselines3's PPO": lambda seed: sb3("ppo", seed, PPO[1], 5_000),
         "ppo_cartpole.py": lambda seed: ours("ppo_cartpole", seed, *OUR_PPO, first=5_000),
+        "floor": lambda seed: floor("ppo_cartpole", 1_024, 5_120, *OUR_PPO),
     },
     "ppo_continuous": {
         "CleanRL's ppo_continuous_action.py": lambda seed: cleanrl("ppo_continuous_action", seed, *CONTINUOUS, first=2_048),
+        "Stable-Baselines3's PPO": lambda seed: sb3("ppo_continuous", seed, CONTINUOUS[3], 2_048),
         "ppo_continuous.py": lambda seed: ours("ppo_continuous", seed, *OUR_CONTINUOUS, first=2_048),
+        "floor": lambda seed: floor("ppo_continuous", 2_048, 6_144, *OUR_CONTINUOUS),
     },
     "ppo_atari": {
         "CleanRL's ppo_atari.py": lambda seed: cleanrl("ppo_atari", seed, *PPO_ATARI, first=1_024),
         "Stable-Baselines3's PPO": lambda seed: sb3("ppo_atari", seed, PPO_ATARI[1], 1_024),
         "ppo_atari.py, bfloat16": lambda seed: ours("ppo_atari", seed, *PPO_ATARI, "--precision", "bfloat16", first=1_024),
         "ppo_atari.py, float32": lambda seed: ours("ppo_atari", seed, *PPO_ATARI, "--precision", "float32", first=1_024),
+        "floor, bfloat16": lambda seed: floor("ppo_atari", 1_024, 2_048, "--precision", "bfloat16"),
+        "floor, float32": lambda seed: floor("ppo_atari", 1_024, 2_048, "--precision", "float32"),
     },
 }
 
@@ -143,25 +165,31 @@ def main() -> None:
     parser.add_argument("--cleanrl-python", default=sys.executable)
     parser.add_argument("--sb3-python", help="a Python that has Stable-Baselines3")
     options = parser.parse_args()
-    SB3.python = options.sb3_python
-    CLEANRL.folder, CLEANRL.python = options.cleanrl, options.cleanrl_python
-    print(f"`python tests/benchmarks/speed.py {' '.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d')}, {processor()}, ", end="")
-    print(f"{os.cpu_count()} cores, torch {version('torch')}, gymnasium {version('gymnasium')}\n")
+    CLEANRL.folder, CLEANRL.python, SB3.python = options.cleanrl, options.cleanrl_python, options.sb3_python
     for group in options.groups:
-        rows = {name: [] for name in GROUPS[group] if (options.cleanrl or "CleanRL" not in name)
-                and (SB3.python or "Baselines" not in name)}
-        for seed in range(1, options.rounds + 1):
-            for name, results in rows.items():
-                results.append(GROUPS[group][name](seed))
-        base = rows[next(iter(rows))]
-        print(f"| {group} | steps/s, median | lowest to highest | times the first row, median of the pairs | peak memory, GB |")
-        print("|-|-:|-:|-:|-:|")
-        for name, results in rows.items():
-            speeds, memory = [speed for speed, _ in results], max(memory for _, memory in results)
-            ratio = statistics.median(speed / first for speed, (first, _) in zip(speeds, base))
-            print(f"| {name} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} ", end="")
-            print(f"| {ratio:.1f} | {memory:.2f} |")
-        print()
+        names = [name for name in GROUPS[group] if (options.cleanrl or "CleanRL" not in name)
+                 and (options.sb3_python or "Baselines" not in name)]  # fmt: skip
+        rows = []
+        for round_ in range(1, options.rounds + 1):
+            for name in names:
+                speed, memory = GROUPS[group][name](round_)
+                rows.append([name, round_, f"{speed:.5g}", f"{memory:.3g}"])
+                print(group, *rows[-1], sep=", ", flush=True)
+        head = {
+            "rounds": f"{options.rounds}, in turn, one after another",
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{processor()}, {os.cpu_count()} cores",
+            "versions": ", ".join(f"{package} {version(package)}" for package in ("torch", "gymnasium", "ale-py")),
+        }
+        if options.cleanrl:
+            commit, _ = run("git", "-C", options.cleanrl, "rev-parse", "--short", "HEAD")
+            head["CleanRL"] = f"commit {commit.strip()}, on {versions(options.cleanrl_python, 'torch', 'gymnasium')}"
+        if options.sb3_python:
+            head["Stable-Baselines3"] = versions(options.sb3_python, "stable-baselines3", "torch", "gymnasium")
+        (HERE / "results" / "speed").mkdir(parents=True, exist_ok=True)
+        with open(HERE / "results" / "speed" / f"{group}.csv", "w", newline="") as file:
+            file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+            csv.writer(file, lineterminator="\n").writerows([["name", "round", "steps/s", "memory"], *rows])
 
 
 if __name__ == "__main__":
