@@ -23,11 +23,11 @@ Idea     Play T steps in N environments with the policy pi. Estimate how much be
                        + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
                        - ent_coef * entropy of pi                                              to keep exploring
 
-Differs  A time limit is no end: V stands for what would have followed. Ale-py's vector environment cannot be saved, so
-         each checkpoint begins new games, and those being played are never scored. For the learner only, a reward
-         becomes its sign and the loss of a life ends an episode; what is logged are the true scores of whole games. On
-         by default, beyond the equations: A is normalised in each minibatch, and the change of V is clipped. Off by
-         default: --target-kl, and --norm-obs, with which Pong is learned quickly.
+Differs  Where only a time limit ends an episode, V stands for what would have followed. Ale-py's vector environment
+         cannot be saved, so each checkpoint begins new games, and those being played are never scored. For the learner
+         only, a reward becomes its sign and the loss of a life ends an episode; what is logged are the true scores of
+         whole games. On by default, beyond the equations: A is normalised in each minibatch, and the change of V is
+         clipped. Off by default: --target-kl, and --norm-obs, with which Pong is learned quickly.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; A actions. Row t is the step from t to
          t+1. One step is four frames of the game.
 Run      python ppo_atari.py

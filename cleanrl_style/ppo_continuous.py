@@ -24,10 +24,10 @@ Idea     Play T steps in N environments with the policy pi. Estimate how much be
                        + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
                        - ent_coef * entropy of pi                                              to keep exploring
 
-Differs  A time limit is no end: what would have followed is estimated. All environments begin new episodes at a
-         checkpoint, since Gymnasium cannot save an environment's state. Observations are normalised by what was seen in
-         training so far, and rewards, in training, are scaled by it. Off by default: the entropy bonus, the clip of the
-         value loss, and the early stop by the KL divergence.
+Differs  Where only a time limit ends an episode, V stands for what would have followed. All environments begin new
+         episodes at a checkpoint, since Gymnasium cannot save an environment's state. Observations are normalised by
+         what was seen in training so far, and rewards, in training, are scaled by it. Off by default: the entropy
+         bonus, the clip of the value loss, and the early stop by the KL divergence.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; A numbers of
          an action. Row t is the step from t to t+1.
 Run      python ppo_continuous.py
@@ -265,7 +265,7 @@ def log_prob_and_entropy(means: Tensor, log_deviations: Tensor, actions: Tensor)
 def scale_rewards(
     rewards: Tensor, ended: Tensor, before: Tensor, statistics: RunningStatistics, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Divides rewards (T, N) by the running deviation of R_t = r_t + gamma * R_{t-1} [C8], and clips them [C9].
+    """Divides rewards (T, N) by the running standard deviation of R_t = r_t + gamma * R_{t-1} [C8], clips them [C9].
 
     They are not shifted, as that would change what is worth doing. R is 0 before an episode's first step. `before` (N,)
     is R just before row 0: the second result of the call for the rollout before, or 0 where new episodes begin.

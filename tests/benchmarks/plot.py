@@ -22,18 +22,31 @@ ALGORITHMS = {
     "ppo_continuous": "PPO for continuous actions; flat observations",
     "ppo_atari": "PPO from pixels",
 }
+# What others published, with the steps it took: CleanRL's training returns (docs.cleanrl.dev), and the greedy policies
+# of RL Baselines3 Zoo (its benchmark.md).
+PUBLISHED = {
+    "dqn_cartpole__CartPole-v1": "CleanRL 488.7 (500k)",
+    "ppo_cartpole__CartPole-v1": "CleanRL 490.0 (500k)",
+    "dqn_cartpole__Acrobot-v1": "CleanRL -91.5 (500k), Zoo -76.6 (100k)",
+    "ppo_cartpole__Acrobot-v1": "CleanRL -86.4 (500k), Zoo -73.5 (1M)",
+    "dqn_cartpole__MountainCar-v0": "CleanRL -195.0 (500k), Zoo -100.8 (120k)",
+    "ppo_cartpole__MountainCar-v0": "CleanRL -200.0 (500k), Zoo -110.4 (1M)",
+    "ppo_continuous__Pendulum-v1": "Zoo -172 (100k)",
+    "dqn_atari__ALE-Pong-v5": "CleanRL 20.3 (10M)",
+    "ppo_atari__ALE-Pong-v5": "CleanRL 20.4 (10M)",
+}
 COLORS = {"reinforce": ("REINFORCE", "tab:green"), "dqn": ("DQN", "tab:orange"), "ppo": ("PPO", "tab:blue")}
 
-# Each picture: its file, and per panel the environment, what others published as level lines, and the y axis.
+# Each picture: its file, and per panel the environment, a line with a label, where that stands, and the y axis.
 PICTURES = {
     "classic_control.png": {
-        "CartPole-v1": ({"solved: 475": 475}, (0, 520)),
-        "Acrobot-v1": ({"CleanRL's PPO, 500k steps: -86.4": -86.4}, (-510, -50)),
-        "MountainCar-v0": ({"RL Zoo's PPO, 1M steps: -110.4": -110.4}, (-205, -80)),
-        "Pendulum-v1": ({"RL Zoo's PPO, 100k steps: -172": -172}, (-1700, 0)),
+        "CartPole-v1": (475, "solved: 475", "left", "bottom", (0, 520)),
+        "Acrobot-v1": (-86.4, "CleanRL's PPO, 500k steps: -86.4", "right", "top", (-510, -50)),
+        "MountainCar-v0": (-110.4, "RL Zoo's PPO, 1M steps: -110.4", "right", "bottom", (-205, -80)),
+        "Pendulum-v1": (-172, "RL Zoo's PPO, 100k steps: -172", "right", "bottom", (-1700, 0)),
     },
     "atari.png": {
-        "ALE-Pong-v5": ({"CleanRL's PPO, 10M steps: 20.4": 20.4}, (-22, 23)),
+        "ALE-Pong-v5": (20.4, "CleanRL's PPO, 10M steps: 20.4", "left", "bottom", (-22, 24)),
     },
 }
 
@@ -89,8 +102,8 @@ def last20(name: str) -> str:
 def results_table() -> str:
     """One row for each record."""
     lines = [
-        "| Environment | Script | Return | 95% interval | Worst to best seed | Seeds | Steps | Time |",
-        "|-|-|-:|-|-|-:|-:|-:|",
+        "| Environment | Script | Return | 95% interval | Worst to best seed | Seeds | Steps | Time | Others (steps) |",
+        "|-|-|-:|-|-|-:|-:|-:|-|",
     ]
     environments = [environment for panels in PICTURES.values() for environment in panels]
 
@@ -106,8 +119,8 @@ def results_table() -> str:
         seconds = float(re.search(r"median ([\d.]+) s", head["wall time"])[1])
         time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
         lines.append(
-            f"| {title.replace('ALE-', '')} | {script}.py | **{values.mean():.1f}** | {low:.1f} to {high:.1f} "
-            f"| {values.min():.1f} to {values.max():.1f} | {len(values)} | {round(steps, -3) // 1000:,}k | {time} |"
+            f"| {title.replace('ALE-', 'ALE/').replace('-textbook', ', textbook form')} | {script}.py | **{values.mean():.1f}** | {low:.1f} to {high:.1f} "
+            f"| {values.min():.1f} to {values.max():.1f} | {len(values)} | {round(steps, -3) // 1000:,}k | {time} | {PUBLISHED.get(name, '')} |"
         )
     return "\n".join(lines)
 
@@ -129,17 +142,19 @@ def ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], pa
 def scripts_table() -> str:
     """One row for each script; speed and memory beside its peers, where they were measured."""
     lines = [
-        "| Script | Algorithm | Lines | Speed, × CleanRL | × SB3 | Memory, × CleanRL |",
+        "| Script | Algorithm | Lines | Speed, × CleanRL | Speed, × SB3 | Memory, × CleanRL |",
         "|-|-|-:|-:|-:|-:|",
     ]
     for script, algorithm in ALGORITHMS.items():
         group = script.removesuffix("_cartpole")
-        programs = speeds(group)[1] if (RESULTS / "speed" / f"{group}.csv").exists() else {}
-        (ours,) = [rounds for name, rounds in list(programs.items()) if name.startswith(f"{script}.py")][:1] or [None]
+        programs = speeds(group)[1]
+        variants = [name for name in programs if name.startswith(f"{script}.py")]
         cells = []
         for peer, part in (("CleanRL", 0), ("Stable-Baselines3", 0), ("CleanRL", 1)):
-            theirs = [rounds for name, rounds in programs.items() if name.startswith(peer)]
-            cells.append(f"{ratio(ours, theirs[0], part):.{1 + part}f}" if theirs else "–")
+            theirs = next((rounds for name, rounds in programs.items() if name.startswith(peer)), None)
+            ratios = [f"{ratio(programs[name], theirs, part):.{1 + part}f}" for name in variants] if theirs else ["–"]
+            others = [f"{name.split(', ')[1]}: {number}" for name, number in zip(variants[1:], ratios[1:])]
+            cells.append(ratios[0] + (f" ({', '.join(others)})" if others and not part else ""))
         count = len((ROOT / "cleanrl_style" / f"{script}.py").read_text().splitlines())
         lines.append(f"| [{script}.py](cleanrl_style/{script}.py) | {algorithm} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -157,7 +172,7 @@ def speed_page() -> str:
         "# Speed\n\nEnvironment steps per second of whole trainings, measured by [speed.py](../speed.py), which says how, and "
         "with which settings. Times the first row: median over the rounds. Memory: peak of the whole process. The floor is "
         "the speed that is left if only the emulator and the networks' matrix products, at the machine's best rate, take "
-        "time."
+        "time. CleanRL's DQN has one environment, Stable-Baselines3's has ten; all others have as many as ours."
     ]
     for group in sorted(path.stem for path in (RESULTS / "speed").glob("*.csv")):
         head, programs = speeds(group)
@@ -177,7 +192,7 @@ def speed_page() -> str:
 def with_tables(readme: str) -> str:
     """README.md with its tables as the records say. Each stands after a comment with its name."""
     for name, table in (("scripts", scripts_table()), ("results", results_table())):
-        readme, count = re.subn(rf"(<!-- {name} -->\n\n)(?:\|.*\n)*", lambda found: f"{found[1]}{table}\n", readme)
+        readme, count = re.subn(rf"(<!-- {name} -->\n\n)(?:\|.*\n)*\n?", lambda found: f"{found[1]}{table}\n\n", readme)
         assert count == 1, f"README.md has no place for the table of {name}"
     return readme
 
@@ -194,7 +209,7 @@ def draw(file: str, panels: dict) -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     rows, columns = -(-len(panels) // 2), min(len(panels), 2)
     figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows), layout="constrained", squeeze=False)
-    for axis, (title, (levels, limits)) in zip(axes.flat, panels.items()):
+    for axis, (title, (level, text, side, edge, limits)) in zip(axes.flat, panels.items()):
         ends = []
         for algorithm, (label, color) in COLORS.items():
             for name in (name for name in records() if re.fullmatch(rf"{algorithm}_\w+__{title}", name)):
@@ -205,10 +220,9 @@ def draw(file: str, panels: dict) -> None:
                 axis.plot(steps, values.T, color=color, linewidth=0.4, alpha=0.3)
                 axis.fill_between(steps, *interval(values), color=color, alpha=0.25, linewidth=0)
                 axis.plot(steps, values.mean(0), color=color, linewidth=2, label=f"{label}, {len(curves)} seeds")
-        for label, level in levels.items():
-            axis.axhline(level, color="black", linewidth=0.8, linestyle="--")
-            axis.annotate(label, (1, level), (0, 3), ("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8,
-                          bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}, zorder=3)  # fmt: skip
+        axis.axhline(level, color="black", linewidth=0.8, linestyle="--")
+        place = (0.01 if side == "left" else 0.99, level), (0, 2 if edge == "bottom" else -3)
+        axis.annotate(text, place[0], place[1], ("axes fraction", "data"), "offset points", ha=side, va=edge, fontsize=8)
         axis.set(title=title.replace("ALE-", ""), xlim=(0, max(ends)), ylim=limits)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k" if x else "0")
         axis.legend(loc="lower right", fontsize=9, frameon=False)
