@@ -34,10 +34,10 @@ Run      python ppo_cartpole.py
              --num-minibatches 8 --update-epochs 10 --gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward
          The same with --env-id Acrobot-v1
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
-         one core of an AMD EPYC that had other work, too, start-up and evaluation included:
-             CartPole-v1     500.0 (500.0 to 500.0)    100k steps   36 s
-             MountainCar-v0  -106.1 (-108.0 to -103.7) 300k steps   63 s
-             Acrobot-v1      -80.2 (-86.5 to -73.8)    300k steps   75 s
+         one core of an AMD EPYC that it shared with another run, start-up and evaluation included:
+             CartPole-v1     500.0 (500.0 to 500.0)    100k steps   23 s
+             MountainCar-v0  -106.3 (-109.6 to -103.2) 300k steps   27 s
+             Acrobot-v1      -81.1 (-88.3 to -73.4)    300k steps   35 s
 """
 
 import math

@@ -26,15 +26,15 @@ Idea     Play T steps in N environments with the policy pi. Estimate how much be
 
 Differs  Where only a time limit ends an episode, V stands for what would have followed. All environments begin new
          episodes at a checkpoint, since Gymnasium cannot save an environment's state. Observations are normalised by
-         what was seen in training so far, and rewards, in training, are scaled by it. Off by default: the entropy
-         bonus, the clip of the value loss, and the early stop by the KL divergence.
+         what was seen in training so far, and rewards, in training, are scaled by it. Off by default: the clip of the
+         value loss, and the early stop by the KL divergence.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; A numbers of
          an action. Row t is the step from t to t+1.
 Run      python ppo_continuous.py
          python ppo_continuous.py --env-id HalfCheetah-v5 --gamma 0.99 --total-timesteps 1000000
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
          one core of an AMD EPYC that had other work, too, start-up and evaluation included:
-             Pendulum-v1  -189.4 (-241.5 to -162.5)   200k steps   55 s   now and then a swing-up fails
+             Pendulum-v1  -192.3 (-236.0 to -159.4)   200k steps   107 s   now and then a swing-up fails
          MuJoCo's environments are not recorded yet.
 """
 
@@ -81,7 +81,7 @@ class Args:
     norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
     clip_coef: float = 0.2  # how far from 1 the ratio of new to old probability pays (epsilon)
     clip_vloss: bool = False  # limit the change of V to clip-coef in the value loss, too
-    ent_coef: float = 0.0  # weight of the entropy in the loss
+    ent_coef: float = 0.01  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
     target_kl: float | None = None  # stop learning from a rollout after an epoch with a larger KL divergence, in nats
