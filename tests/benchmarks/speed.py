@@ -105,7 +105,7 @@ OUR_PPO = [*PPO, *"--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epo
            "--gae-lambda 0.95 --ent-coef 0.01 --learning-rate 2.5e-4".split()]  # fmt: skip
 CONTINUOUS = ["--env-id", "Pendulum-v1", "--total-timesteps", 30_000]
 OUR_CONTINUOUS = [*CONTINUOUS, *"--num-envs 1 --num-steps 2048 --num-minibatches 32 --update-epochs 10 --clip-vloss "
-                  "--gamma 0.99 --gae-lambda 0.95 --learning-rate 3e-4".split()]  # fmt: skip
+                  "--gamma 0.99 --gae-lambda 0.95 --learning-rate 3e-4 --ent-coef 0".split()]  # fmt: skip
 PPO_ATARI = ["--total-timesteps", 12_000]  # all other settings are the same on both sides
 
 # Each row of a table: its name, and what measures it, given a seed. Names begin with whose program it is. The first row
