@@ -1,4 +1,4 @@
-"""Draws the records in results/, and writes the tables of README.md and results/speed.md: python tests/benchmarks/plot.py
+"""Draws the records in results/, writes the tables of README.md and results/speed.md: python tests/benchmarks/plot.py
 
 Thin lines are seeds, the thick line is their mean, the band its 95% bootstrap interval over the seeds.
 """
