@@ -11,6 +11,7 @@ import ppo_atari as script
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 
 def picture(number):
@@ -107,6 +108,24 @@ def test_the_learner_sees_the_sign_of_a_reward():
     rollout, no = script.Rollout(1, 4), np.zeros(4, bool)
     rollout.add_outcome(0, np.array([-7.0, -0.5, 0.0, 300.0]), no, no, ~no)
     assert rollout.rewards.tolist() == [[-1, -1, 0, 1]]
+
+
+class Fixed(nn.Module):
+    """The same policy everywhere, and a value that is the row's number."""
+
+    logits = torch.tensor([2.0, 1.0, -1.0])
+
+    def forward(self, obs):
+        return self.logits.expand(len(obs), 3), torch.arange(len(obs)).float()
+
+
+def test_actions_are_as_frequent_as_the_policy_says_and_come_with_their_probability():
+    torch.manual_seed(0)
+    actions, log_probs, values = script.act(Fixed(), torch.zeros(40_000, 1))
+    shares = np.bincount(actions, minlength=3) / 40_000
+    np.testing.assert_allclose(shares, Fixed.logits.softmax(0), atol=0.01)
+    torch.testing.assert_close(log_probs, Fixed.logits.log_softmax(0)[actions])
+    assert torch.equal(values, torch.arange(40_000).float())
 
 
 def test_the_emulator_is_asked_for_the_true_score_and_its_own_actions(monkeypatch):

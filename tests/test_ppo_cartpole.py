@@ -337,6 +337,15 @@ def test_actions_are_as_frequent_as_the_policy_says():
     assert script.act(table, torch.eye(2), greedy=True).tolist() == [2, 0]
 
 
+def test_acting_sees_what_learning_sees():
+    torch.manual_seed(0)
+    agent, obs = script.Agent(4, 3, norm_obs=True), torch.randn(64, 4) * 10 + 50
+    agent.obs_statistics.update(obs)
+    expected = agent(obs)[0].argmax(-1)
+    assert len(set(expected.tolist())) > 1
+    assert torch.equal(script.act(agent, obs, greedy=True), expected)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_an_observation_that_is_not_finite_is_named(poison):
     torch.manual_seed(0)

@@ -54,6 +54,13 @@ def test_actions_are_distributed_as_the_policy_says():
     torch.testing.assert_close(script.act(ours, obs[:2], greedy=True), means.repeat(2, 1))
 
 
+def test_acting_sees_what_learning_sees():
+    ours, obs = agent(), torch.randn(64, 3) * 10 + 50
+    ours.obs_statistics.update(obs)
+    torch.testing.assert_close(script.act(ours, obs, greedy=True), ours(obs)[0])
+    assert ours(obs)[0].std() > 1e-3
+
+
 def test_the_first_policy_is_centred_and_its_deviation_is_1():
     ours = agent()
     means, _ = ours(torch.randn(100, 3))
