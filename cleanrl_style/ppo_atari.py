@@ -86,7 +86,7 @@ class Args:
     num_minibatches: int = 4  # parts of a rollout, one gradient step for each
     update_epochs: int = 4  # times that a rollout is learned from
     norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
-    clip_coef: float = 0.1  # how far from 1 the ratio of new to old probability pays (epsilon)
+    clip_coef: float = 0.1  # how far the ratio of new to old probability may move from 1 and still pay (epsilon)
     clip_vloss: bool = True  # limit the change of V to clip-coef in the value loss, too
     ent_coef: float = 0.01  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
