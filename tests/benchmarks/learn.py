@@ -51,10 +51,21 @@ def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, flo
     wall = time.perf_counter() - start
     assert process.returncode == 0, process.stderr
     run_dir = process.stdout.splitlines()[-1]
-    wall = float("nan") if begun else wall  # the time of a part says nothing of the whole
+    wall = clock(run_dir)[-1][1] if begun else wall  # this was but the last part; the training's time has to do
     done.write_text(f"{run_dir}\n{wall}")
     print(f"seed {seed}: {wall:.1f} s, {process.stdout.splitlines()[-2]}", flush=True)
     return Path(run_dir), wall
+
+
+def clock(run_dir: str | Path) -> list[tuple[int, float]]:
+    """(step, seconds of training until then), without the time that passed between the parts of a resumed run."""
+    points = [(0, 0.0)]
+    for file in sorted(Path(run_dir).glob("events.out.tfevents.*")):  # one for each part, by the time of its start
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        part = [(event.step, event.wall_time - events.FirstEventTimestamp()) for event in events.Scalars("charts/SPS")]
+        points = [point for point in points if point[0] < part[0][0]]  # what came after the checkpoint was lost
+        points += [(step, points[-1][1] + seconds) for step, seconds in part]
+    return points
 
 
 def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], tuple[int, float]]:
@@ -70,12 +81,13 @@ def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], tuple[int,
     return points, (evaluation.step, evaluation.value)
 
 
-def solved(events: EventAccumulator, level: float) -> tuple[int, float] | None:
+def solved(events: EventAccumulator, times: list[tuple[int, float]], level: float) -> tuple[int, float] | None:
     """The first step at which the last 20 training episodes have a mean of level, and the minutes it took."""
     episodes = events.Scalars("charts/episodic_return")
     for last in range(20, len(episodes) + 1):
         if np.mean([event.value for event in episodes[last - 20 : last]]) >= level:
-            return episodes[last - 1].step, (episodes[last - 1].wall_time - events.FirstEventTimestamp()) / 60
+            step = episodes[last - 1].step
+            return step, float(np.interp(step, *zip(*times))) / 60
     return None
 
 
@@ -127,7 +139,7 @@ def main() -> None:
             rows.writerow([seed, step, f"{value:.6g}", "eval"])
             last = [event.value for event in events.Scalars("charts/episodic_return")[-20:]]
             rows.writerow([seed, step, f"{np.mean(last):.6g}", "last20"])
-            if ours.solved is not None and (found := solved(events, ours.solved)):
+            if ours.solved is not None and (found := solved(events, clock(run_dir), ours.solved)):
                 rows.writerow([seed, found[0], f"{found[1]:.2f}", "solved"])
     print(record)
 
