@@ -14,7 +14,7 @@ def write_part(monkeypatch, run_dir, start, steps, returns, purge_step=None):
     """One part of a run, from second `start` on: a step takes a tenth of a second, a point is due every 100 steps."""
     monkeypatch.setattr("time.time", lambda: float(start))  # stands in the file's first event, and in its name
     writer = SummaryWriter(run_dir, purge_step=purge_step)
-    first = steps[0] - 100
+    first = steps[0] - 100 if steps else 0
     for step, value in zip(steps, returns):
         writer.add_scalar("charts/SPS", 10, step, walltime=start + (step - first) / 10)
         writer.add_scalar("charts/episodic_return", value, step, walltime=start + (step - first) / 10)
@@ -23,8 +23,12 @@ def write_part(monkeypatch, run_dir, start, steps, returns, purge_step=None):
 
 @pytest.fixture
 def resumed_run(tmp_path, monkeypatch):
-    """300 steps; then, hours later, on from the checkpoint at step 200, to 3,000. Returns are 0 until step 1,000."""
+    """300 steps; a resume that is killed at once; then, hours later, on from the checkpoint at step 200, to 3,000.
+
+    Returns are 0 until step 1,000, 10 from there on.
+    """
     write_part(monkeypatch, tmp_path, 1_000_000, [100, 200, 300], [0, 0, 0])
+    write_part(monkeypatch, tmp_path, 1_005_000, [], [], purge_step=201)
     steps = range(300, 3_001, 100)
     write_part(monkeypatch, tmp_path, 1_009_000, steps, [0 if step <= 1_000 else 10 for step in steps], purge_step=201)
     return tmp_path

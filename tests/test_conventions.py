@@ -322,4 +322,5 @@ def test_readme_and_docstrings_say_what_the_records_say():
     for record in plot.records():
         docstring = " ".join(ast.get_docstring(ast.parse(SOURCES[record.split("__")[0] + ".py"])).split())
         assert plot.summary(record) in docstring, f"{record}: {plot.summary(record)}"
-        assert plot.last20(record) in docstring and plot.last20(record) in " ".join(README.split()), record
+        assert plot.last20(record) in docstring, record
+        assert plot.last20(record).split(" in ")[0] in " ".join(README.split()), record

@@ -62,6 +62,8 @@ def clock(run_dir: str | Path) -> list[tuple[int, float]]:
     points = [(0, 0.0)]
     for file in sorted(Path(run_dir).glob("events.out.tfevents.*")):  # one for each part, by the time of its start
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        if "charts/SPS" not in events.Tags()["scalars"]:
+            continue  # it was killed before its first point
         part = [(event.step, event.wall_time - events.FirstEventTimestamp()) for event in events.Scalars("charts/SPS")]
         points = [point for point in points if point[0] < part[0][0]]  # what came after the checkpoint was lost
         points += [(step, points[-1][1] + seconds) for step, seconds in part]

@@ -32,6 +32,9 @@ PUBLISHED = {
     "dqn_cartpole__MountainCar-v0": "CleanRL -195.0 (500k), Zoo -100.8 (120k)",
     "ppo_cartpole__MountainCar-v0": "CleanRL -200.0 (500k), Zoo -110.4 (1M)",
     "ppo_continuous__Pendulum-v1": "Zoo -172 (100k)",
+    "ppo_continuous__HalfCheetah-v5": "CleanRL 1443 (1M), Zoo 5819 (1M)",
+    "ppo_continuous__Hopper-v5": "CleanRL 2383 (1M), Zoo 2410 (1M)",
+    "ppo_continuous__Walker2d-v5": "CleanRL 2288 (1M), Zoo 3479 (1M)",
     "dqn_atari__ALE-Pong-v5": "CleanRL 20.3 (10M)",
     "ppo_atari__ALE-Pong-v5": "CleanRL 20.4 (10M)",
 }
