@@ -32,9 +32,9 @@ PUBLISHED = {
     "dqn_cartpole__MountainCar-v0": "CleanRL -195.0 (500k), Zoo -100.8 (120k)",
     "ppo_cartpole__MountainCar-v0": "CleanRL -200.0 (500k), Zoo -110.4 (1M)",
     "ppo_continuous__Pendulum-v1": "Zoo -172 (100k)",
-    "ppo_continuous__HalfCheetah-v5": "CleanRL 1443 (1M), Zoo 5819 (1M)",
-    "ppo_continuous__Hopper-v5": "CleanRL 2383 (1M), Zoo 2410 (1M)",
-    "ppo_continuous__Walker2d-v5": "CleanRL 2288 (1M), Zoo 3479 (1M)",
+    "ppo_continuous__HalfCheetah-v5": "CleanRL 1443, Zoo 5819 (1M, older versions)",
+    "ppo_continuous__Hopper-v5": "CleanRL 2383, Zoo 2410 (1M, older versions)",
+    "ppo_continuous__Walker2d-v5": "CleanRL 2288, Zoo 3479 (1M, older versions)",
     "dqn_atari__ALE-Pong-v5": "CleanRL 20.3 (10M)",
     "ppo_atari__ALE-Pong-v5": "CleanRL 20.4 (10M)",
 }
@@ -47,6 +47,9 @@ PICTURES = {
         "Acrobot-v1": (-86.4, "CleanRL's PPO, 500k steps: -86.4", "right", "top", (-510, -50)),
         "MountainCar-v0": (-110.4, "RL Zoo's PPO, 1M steps: -110.4", "right", "bottom", (-205, -80)),
         "Pendulum-v1": (-172, "RL Zoo's PPO, 100k steps: -172", "right", "bottom", (-1700, 0)),
+    },
+    "mujoco.png": {
+        "HalfCheetah-v5": (1443, "CleanRL's PPO, 1M steps: 1443", "left", "bottom", (-700, 6000)),
     },
     "atari.png": {
         "ALE-Pong-v5": (20.4, "CleanRL's PPO, 10M steps: 20.4", "left", "bottom", (-22, 24)),
