@@ -49,7 +49,8 @@ PICTURES = {
         "Pendulum-v1": (-172, "RL Zoo's PPO, 100k steps: -172", "right", "bottom", (-1700, 0)),
     },
     "mujoco.png": {
-        "HalfCheetah-v5": (1443, "CleanRL's PPO, 1M steps: 1443", "left", "bottom", (-700, 6000)),
+        "HalfCheetah-v5": (1443, "CleanRL's PPO, 1M steps: 1443", "right", "top", (-700, 6000)),
+        "Hopper-v5": (2383, "CleanRL's PPO, 1M steps: 2383", "right", "top", (0, 3600)),
     },
     "atari.png": {
         "ALE-Pong-v5": (20.4, "CleanRL's PPO, 10M steps: 20.4", "left", "bottom", (-22, 24)),
