@@ -24,8 +24,8 @@ Differs  Adam in place of RMSProp, and an initialisation that lets the signal th
          limit ends a game, y still counts what would have followed. For the learner only, a reward becomes its sign and
          the loss of a life ends an episode, as in the paper; what is logged are the true scores of whole games. With
          --norm-obs, pixels are normalised by running statistics of those in the buffer, which makes moving things stand
-         out. Each frame is stored once, in the file replay.frames of the run's folder, 7.1 GB by default, which must
-         fit into memory, too.
+         out. The buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which
+         must fit into memory, too; what is overwritten is kept beside it until the next checkpoint, another 0.7 GB.
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
@@ -106,7 +106,7 @@ class Args:
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
     checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -146,7 +146,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned. --checkpoint-frequency has one: a checkpoint cuts the games.
+# The arguments that have no part in what is learned, but for rounding. --checkpoint-frequency cuts the games.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "eval_epsilon", "capture_video",
     "compile", "num_threads",
@@ -172,7 +172,10 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
             )  # fmt: skip
         envs = OwnEnvs(gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", wrappers=[limit]))
     except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"cannot make the environment {args.env_id!r}: {error}")
+        meant = f"; the game is ALE/{args.env_id}" if f"ALE/{args.env_id}" in gym.registry else ""
+        fail(f"cannot make the environment {args.env_id!r}: {error}{meant}")
+    if args.sticky_actions:
+        fail(f"--sticky-actions is for the emulator's games; {args.env_id} is none")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84)
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0 and action_space.n <= 256
@@ -415,7 +418,7 @@ class ReplayBuffer:
         self.rows_written += 1
 
     def sample(self, batch_size: int) -> Batch:
-        """B transitions, each as likely as any other; not from the newest row and the oldest, which lack frames."""
+        """B transitions, all equally likely; not from the newest row and the three oldest, which may lack frames."""
         count = min(self.rows_written, self.num_rows) - STACK
         oldest = self.rows_written - 1 - count
         rows = envs = torch.empty(0, dtype=torch.int64)
@@ -548,7 +551,7 @@ def train(args: Args) -> Path:
                         update_target(target_network, q_network, args.tau)
 
                 # Store. A frame number that falls tells of a new game: this action was ignored, it is no transition.
-                # The game before is logged now, at environment i's number of this round.
+                # The game before is logged now, at environment i's number of the round, unless a checkpoint came first.
                 next_obs, rewards, terminated, _, info = envs.recv()
                 new_game = info["episode_frame_number"] < frame_numbers
                 buffer.add(obs, lengths, actions.numpy(), rewards, terminated, ~new_game)

@@ -31,8 +31,9 @@ Run      python dqn_cartpole.py
          python dqn_cartpole.py --env-id Acrobot-v1 --num-envs 1 --learning-rate 6.3e-4 --buffer-size 50000
              --target-network-frequency 250 --batch-size 128 --end-e 0.1 --exploration-fraction 0.12
              --train-frequency 4 --gradient-steps 4 --hidden-size 256
-         The settings of the last two are those of RL Zoo, but for a learning rate that falls and, on MountainCar, more
-         steps and a buffer that keeps them all: some policies forgot the goal when 10,000 steps without it came after.
+         The settings of the last two are RL Zoo's, but for the loss, the falling learning rate, --learning-starts on
+         Acrobot and, on MountainCar, more steps and a buffer that keeps them all: some policies forgot the goal when
+         10,000 steps without it came after.
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
          one core of an AMD EPYC that had other work, too, start-up and evaluation included:
              CartPole-v1     488.6 (386.4 to 500.0)    100k steps    60 s   nine seeds of ten reached 500.0
@@ -95,7 +96,7 @@ class Args:
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -133,7 +134,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned. --checkpoint-frequency has one: a checkpoint cuts episodes.
+# The arguments that have no part in what is learned, but for rounding. --checkpoint-frequency cuts episodes.
 HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video"}
 
 

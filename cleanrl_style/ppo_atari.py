@@ -101,7 +101,7 @@ class Args:
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
     checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -134,7 +134,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned. --checkpoint-frequency has one: a checkpoint cuts the games.
+# The arguments that have no part in what is learned, but for rounding. --checkpoint-frequency cuts the games.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video", "compile", "num_threads",
 }  # fmt: skip
@@ -160,7 +160,10 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
             )  # fmt: skip
         envs = OwnEnvs(gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", wrappers=[limit]))
     except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"cannot make the environment {args.env_id!r}: {error}")
+        meant = f"; the game is ALE/{args.env_id}" if f"ALE/{args.env_id}" in gym.registry else ""
+        fail(f"cannot make the environment {args.env_id!r}: {error}{meant}")
+    if args.sticky_actions:
+        fail(f"--sticky-actions is for the emulator's games; {args.env_id} is none")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84)
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
@@ -494,7 +497,8 @@ def train(args: Args) -> Path:
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
                 # Act: T steps in every environment. A frame number that falls tells of a new game: this action was
-                # ignored. The game before is logged now, at environment i's number of this round.
+                # ignored. The game before is logged now, at environment i's number of the round, unless a checkpoint
+                # came first.
                 for t in range(num_steps):
                     actions, log_probs, values = act(agent, torch.from_numpy(obs).to(device))
                     envs.send(actions.numpy())

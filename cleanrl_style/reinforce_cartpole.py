@@ -73,7 +73,7 @@ class Args:
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the fastest for this script's network
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -101,7 +101,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned.
+# The arguments that have no part in what is learned, but for rounding.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "checkpoint_frequency", "resume", "evaluate", "eval_episodes", "capture_video",
 }  # fmt: skip

@@ -35,7 +35,7 @@ TAGS = {
     "losses/clipfrac",  # share of the steps where the policy's ratio is beyond its clip
     "losses/explained_variance",  # of the returns, by the values before the update
     "losses/entropy",  # of the policy, in nats, mean over the steps
-    "eval/episodic_return",  # mean over the evaluation episodes, greedy policy
+    "eval/episodic_return",  # mean over the evaluation episodes: greedy, but on Atari as each script says
     "eval/episodic_length",
     "eval/episode",  # the animated picture
     "hyperparameters",  # the arguments, as text

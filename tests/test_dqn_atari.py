@@ -1,6 +1,6 @@
 """The mathematics and the memory of dqn_atari.py, against brute force, hand-made streams and the emulator itself.
 
-What it shares with dqn_cartpole.py, word for word, is tested in test_dqn_cartpole.py.
+What it shares with dqn_cartpole.py, word for word, is tested in test_dqn_cartpole.py; see also test_in_common.py.
 """
 
 import itertools
@@ -115,7 +115,8 @@ def drawn(buffer, draws=400):
 def test_exactly_the_real_transitions_are_drawn(tmp_path, rounds):
     """Before the buffer is full, when it just is, and after it has wrapped around: no stack crosses a game's start, the
     next observation is the true one, also at a truncation and a cut, and whatever is in the buffer is found. Only the
-    oldest rows are missing, whose older frames are gone, and the newest, which waits for its successor."""
+    three oldest rows are missing, whose older frames are gone once the buffer is full, and the newest, which waits for
+    its successor."""
     torch.manual_seed(rounds)
     buffer = script.ReplayBuffer(tmp_path, 20, 3, create=True)
     stream = Stream(buffer, GAMES)
@@ -180,6 +181,20 @@ def test_an_old_checkpoint_still_fits_if_the_new_one_was_not_written(tmp_path):
     again = script.ReplayBuffer(tmp_path, 20, 3, create=False)
     again.load_state_dict(state)
     assert np.array_equal(again.file, frames)
+
+
+def test_256_actions_and_rewards_of_any_size_are_kept(tmp_path):
+    torch.manual_seed(0)
+    buffer, obs = script.ReplayBuffer(tmp_path, 20, 1, create=True), np.zeros((1, 4, 84, 84), np.uint8)
+    for action, reward in zip(range(240, 256), [-500.0, -0.25, 0.0, 0.5] * 4):
+        obs[0, -1] = picture(action)
+        end, valid = np.array([action % 2 == 0]), np.array([True])
+        buffer.add(obs, np.array([action - 240]), np.array([action]), np.array([reward]), end, valid)
+    batch = buffer.sample(200)
+    assert batch.actions.tolist() == [number(frames[-1]) for frames in batch.obs]
+    assert set(batch.actions.tolist()) == set(range(243, 255))  # not the newest, nor the three oldest
+    assert batch.rewards.tolist() == [(-1.0, -1.0, 0.0, 1.0)[action % 4] for action in batch.actions.tolist()]
+    assert batch.terminated.tolist() == [action % 2 == 0 for action in batch.actions.tolist()]
 
 
 def test_a_frame_is_stored_once(tmp_path):
@@ -392,16 +407,6 @@ def random_batch(size=8, generator=None):
     return script.Batch(frames[:, :-1], actions, torch.ones(size), frames[:, 1:], torch.arange(size) % 3 == 0)
 
 
-def test_the_network_against_its_layers_written_out():
-    """Pixels from 0 to 1; the order in memory changes nothing."""
-    network, obs = script.QNetwork(4, bfloat16=False, norm_obs=False), random_batch().obs
-    x = obs.double() / 255
-    for layer in network.double().features:
-        x = layer(x)
-    x = network.head(x)
-    torch.testing.assert_close(network.float()(obs).double(), x, rtol=1e-4, atol=1e-5)
-
-
 def test_bfloat16_is_float32_within_its_rounding():
     torch.manual_seed(0)
     exact, rounded, obs = script.QNetwork(4, False, False), script.QNetwork(4, True, False), random_batch().obs
@@ -439,9 +444,14 @@ def test_normalised_pixels_are_deviations_from_their_mean(bfloat16):
 
 
 def test_statistics_are_of_the_buffer_and_the_same_for_both_networks(tmp_path, capsys, monkeypatch):
-    """A sample at learning-starts, 40, and before each update of the target network, at 40 as well, 80, ... 400."""
+    """A sample at learning-starts, 50, and at the steps 80, 120, ... 400, before the target network is updated."""
+    seen, update = [], script.update
     monkeypatch.setattr(script, "SAMPLE", 8)
-    train(tmp_path, capsys, norm_obs=True)
+    monkeypatch.setattr(script, "update", lambda q, target, *others: seen.append(
+        (q.obs_statistics.count.item(), target.obs_statistics is q.obs_statistics)) or update(q, target, *others))  # fmt: skip
+    train(tmp_path, capsys, norm_obs=True, learning_starts=50)
+    steps = range(52, 401, 4)
+    assert seen == [(8.0 * (1 + (step // 40 - 1)), True) for step in steps]
     (run_dir,) = tmp_path.iterdir()
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert state["q_network"]["obs_statistics.count"] == 8 * 10
@@ -524,6 +534,24 @@ def test_losses_and_targets_by_hand():
     assert one_update(loss="squared") == (7.5**2, 0.5, [[0.0, 15.5], [1.0, 2.0]])
 
 
+@pytest.mark.parametrize("loss", ["huber", "squared"])
+def test_loss_and_values_are_means_over_the_batch(loss):
+    """Errors of 0.5, 3 and -2; Q-values of 0.5, -1 and 2."""
+    values = [[0.5, -1.0, 2.0]]
+    q_network, target_network = Table(values), Table(values)
+    batch = script.Batch(
+        stacks([0, 0, 0]), torch.tensor([0, 1, 2]), torch.tensor([0.0, -4.0, 4.0]), stacks([0, 0, 0]),
+        torch.tensor([True, True, True]),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(q_network.parameters(), lr=1.0)
+    metrics = script.update(q_network, target_network, optimizer, batch, script.Args(loss=loss))
+    losses = [0.125, 2.5, 1.5] if loss == "huber" else [0.25, 9, 4]
+    steps = torch.tensor([[0.5, 1, -1]]) if loss == "huber" else torch.tensor([[1.0, 6, -4]])
+    assert metrics["losses/td_loss"].item() == pytest.approx(sum(losses) / 3)
+    assert metrics["losses/q_values"].item() == pytest.approx(0.5)
+    torch.testing.assert_close(q_network.values.detach(), torch.tensor(values) - steps / 3)
+
+
 # ---- The training loop ----------------------------------------------------------------------------------------------
 
 
@@ -591,7 +619,7 @@ def recorded(monkeypatch, name, calls):
 
 
 def test_the_loop_learns_from_what_was_played(tmp_path, capsys, monkeypatch):
-    """Every row of every batch is a step that an environment took; and it is seen soon after it was."""
+    """Every row of every batch is a step that an environment took, of either kind, from a game's first to its last."""
     updates = []
     recorded(monkeypatch, "update", updates)
     train(tmp_path, capsys)
@@ -604,6 +632,57 @@ def test_the_loop_learns_from_what_was_played(tmp_path, capsys, monkeypatch):
     assert len(learned) > 100
     assert any(end for *_, end in learned) and any(reward == 0 for _, _, reward, _, _ in learned)
     assert any(before[:3] == (0, 0, 0) for before, *_ in learned)
+
+
+def test_every_environment_gets_the_action_that_the_q_network_chose_for_it(tmp_path, capsys, monkeypatch):
+    """In training and in evaluation; and it is the Q-network that acts, not its copy."""
+    choices, updates = [], []
+    recorded(monkeypatch, "select_actions", choices)
+    recorded(monkeypatch, "update", updates)
+    train(tmp_path, capsys, num_envs=3, eval_episodes=3)
+    chosen = {}
+    for (_, obs, _), actions in choices:
+        chosen |= {number(frames[-1]): int(action) for frames, action in zip(obs, actions)}
+    assert len(Scripted.seen) > 300 and all(chosen[before[-1]] == action for before, action, *_ in Scripted.seen)
+    networks = {id(network) for (network, *_), _ in choices} | {id(q_network) for (q_network, *_), _ in updates}
+    assert len(networks) == 1 and {id(target) for (_, target, *_), _ in updates}.isdisjoint(networks)
+
+
+def test_updates_are_adams_with_the_settings_asked_for(tmp_path, capsys, monkeypatch):
+    updates = []
+    recorded(monkeypatch, "update", updates)
+    train(tmp_path, capsys, learning_rate=2e-3, adam_epsilon=1e-5, batch_size=5)
+    for (_, _, optimizer, batch, _), _ in updates:
+        (group,) = optimizer.param_groups
+        assert type(optimizer) is torch.optim.Adam and [len(part) for part in batch] == [5] * 5
+        assert (group["lr"], group["eps"], group["betas"], group["weight_decay"]) == (2e-3, 1e-5, (0.9, 0.999), 0)
+
+
+@pytest.mark.parametrize("num_envs, rows", [(2, 50), (3, 34)])
+def test_the_buffer_has_the_size_asked_for(tmp_path, capsys, num_envs, rows):
+    """100 transitions, rounded up to whole rows. Of the second files, the last checkpoint's is left."""
+    train(tmp_path, capsys, num_envs=num_envs, buffer_size=100)
+    (run_dir,) = tmp_path.iterdir()
+    assert (run_dir / "replay.frames").stat().st_size == rows * num_envs * 7056
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
+    assert saved["actions"].shape == (rows, num_envs)
+    (second,) = run_dir.glob("replay.overwritten-*")
+    assert second.name == f"replay.overwritten-{saved['rows_written']}"
+
+
+def test_every_checkpoint_begins_games_of_its_own(tmp_path, capsys, monkeypatch):
+    """What is due at 150 and at 300 is done after rounds of 4 steps, at 152 and at 300. The environments are reset
+    then, and nowhere else, with the seeds of that step."""
+    steps, save, seeds, resets = [], script.save_checkpoint, [], []
+    recorded(monkeypatch, "env_seeds", seeds)
+    reset = script.OwnEnvs.reset
+    monkeypatch.setattr(script, "save_checkpoint", lambda *a, **counters: [save(*a, **counters), steps.append(counters)])
+    monkeypatch.setattr(script.OwnEnvs, "reset", lambda self, **k: resets.append(k["seed"].tolist()) or reset(self, **k))
+    train(tmp_path, capsys, num_envs=4, seed=3)
+    assert steps == [{"global_step": step} for step in (0, 152, 300, 400)]
+    streams = [(3, (script.TRAINING, step), 4) for step in (0, 152, 300)] + [(3, (script.EVALUATION,), 2)]
+    assert [arguments for arguments, _ in seeds] == streams
+    assert resets == [result.tolist() for _, result in seeds]
 
 
 @pytest.mark.parametrize(
@@ -656,7 +735,7 @@ def test_the_target_network_moves_when_it_is_due_and_only_then(tmp_path, capsys,
 
 
 def test_every_game_is_logged_with_its_true_score(tmp_path, capsys):
-    """Also when two end in one round; not those that a checkpoint cut."""
+    """Also when two end in one round; not those that ended in the last, of which no next game tells."""
     _, scalars = train(tmp_path, capsys, num_envs=4, total_timesteps=396, checkpoint_frequency=0)
     returns, lengths = scalars["charts/episodic_return"], scalars["charts/episodic_length"]
     assert [step for step, _ in returns] == [step for step, _ in lengths]
@@ -695,11 +774,12 @@ class FixedGames(script.OwnEnvs):
         return super().reset(**keywords)
 
 
-def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch):
+def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch, capsys):
     """The first game of each, and all of it: lengths 1, 2, 3, 4, each step pays 1."""
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs: FixedGames(num_envs))
     network = script.QNetwork(3, bfloat16=False, norm_obs=False)
     assert script.evaluate(script.Args(eval_episodes=4), network, tmp_path) == (2.5, 2.5)
+    assert f"Evaluation: return 2.5 ± {np.std([1, 2, 3, 4]):.1f} over 4 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -749,19 +829,46 @@ def test_memory_and_disk_are_checked_before_anything_is_made(tmp_path, capsys, m
     assert "of memory" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("settings, on_disk, in_memory", [
+    ({"checkpoint_frequency": 0, "total_timesteps": 1000}, 1000, 1000),  # never overwritten
+    ({"checkpoint_frequency": 0, "total_timesteps": 1500}, 1500, 1000),  # overwritten by 500 steps before the end
+    ({"checkpoint_frequency": 0, "total_timesteps": 5000}, 2000, 1000),  # no more than all of it
+    ({"checkpoint_frequency": 100, "total_timesteps": 5000}, 1100, 1000),
+    ({"checkpoint_frequency": 100, "total_timesteps": 5000, "resume": "x"}, 100, 1000),  # the first file is there
+])  # fmt: skip
+def test_the_room_that_a_buffer_needs(tmp_path, capsys, monkeypatch, settings, on_disk, in_memory):
+    """In transitions of 7056 bytes: so many fit, and one byte less does not."""
+    args = script.Args(buffer_size=1000, learning_starts=64, runs_dir=str(tmp_path / "not" / "yet"), **settings)
+    for disk, memory, word in (
+        (on_disk * 7056, in_memory * 7056 + 1023, None), (on_disk * 7056 - 1, 10**12, "of disk"),
+        (10**12, in_memory * 7056 - 1024, "of memory"),
+    ):  # fmt: skip
+        usage = type("Usage", (), {"free": disk})
+        monkeypatch.setattr(script.shutil, "disk_usage", lambda folder: usage if folder == tmp_path else None)
+        monkeypatch.setattr(script.Path, "read_text", lambda _: f"MemAvailable:    {-(-memory // 1024)} kB\n")
+        if word is None:
+            script.refuse_too_large(args)
+            continue
+        with pytest.raises(SystemExit):
+            script.refuse_too_large(args)
+        assert word in capsys.readouterr().err
+
+
+def test_learning_starts_when_a_transition_can_be_drawn(tmp_path):
+    """8 rows: of the first 7, 3 may be drawn, though a game of one step may end in each of them."""
+    script.Args(num_envs=8, learning_starts=64), script.Args(batch_size=90, learning_starts=90)
+    script.Args(learning_starts=100, total_timesteps=101)
+    for settings in (
+        {"num_envs": 8, "learning_starts": 63}, {"batch_size": 91, "learning_starts": 90},
+        {"learning_starts": 100, "total_timesteps": 100}, {"buffer_size": 99, "learning_starts": 100},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="--learning-starts"):
+            script.Args(**settings)
+
+
 def test_a_buffer_of_another_size_is_refused_as_such(tmp_path, capsys):
     train(tmp_path, capsys)
     (run_dir,) = tmp_path.iterdir()
     with pytest.raises(SystemExit):
         train(tmp_path, capsys, resume=str(run_dir), total_timesteps=500, buffer_size=200)
     assert "not as large as --buffer-size says" in capsys.readouterr().err
-
-
-def test_auto_precision_is_what_the_processor_has(monkeypatch):
-    envs = gym.make_vec("Scripted-v0", 1)
-    for supported in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
-        network = script.make_network(script.Args(), envs, torch.device("cpu"))
-        assert network.bfloat16 == supported
-    assert script.make_network(script.Args(precision="bfloat16"), envs, torch.device("cpu")).bfloat16
-    assert not script.make_network(script.Args(precision="float32"), envs, torch.device("cpu")).bfloat16

@@ -460,6 +460,25 @@ def test_at_the_start_the_target_network_is_the_q_network(tmp_path):
     assert all(torch.equal(state["q_network"][key], state["target_network"][key]) for key in state["q_network"])
 
 
+def test_every_environment_gets_the_action_that_the_q_network_chose_for_it(tmp_path, monkeypatch):
+    """In training and in evaluation; and it is the Q-network that acts, not its copy."""
+    chosen, actors, learners, choose, update = {}, set(), set(), script.select_actions, script.update
+
+    def choosing(q_network, obs, epsilon):
+        actions = choose(q_network, obs, epsilon)
+        chosen.update({tuple(row): int(action) for row, action in zip(obs.tolist(), actions)})
+        actors.add(id(q_network))
+        return actions
+
+    monkeypatch.setattr(script, "select_actions", choosing)
+    monkeypatch.setattr(script, "update", lambda *arguments: learners.add(arguments[:2]) or update(*arguments))
+    train(tmp_path, num_envs=3, eval_episodes=3)
+    steps = [step for env in Diary.made for step in env.steps]
+    assert len(steps) > 1200 and all(chosen[tuple(before)] == action for before, action, *_ in steps)
+    ((q_network, target_network),) = learners
+    assert actors == {id(q_network)} and target_network is not q_network
+
+
 def test_every_episode_is_logged_at_the_step_that_ended_it(tmp_path):
     _, scalars = train(tmp_path, num_envs=3)
     returns, lengths, expected = [0.0] * 3, [0] * 3, []
@@ -657,7 +676,12 @@ def test_evaluation_is_greedy_on_seeds_of_its_own_and_tells_the_return_from_the_
     assert all(action == int(obs[0]) % 3 for obs, action, *_ in steps)
     assert sum(terminated or truncated for *_, terminated, truncated in steps) == 7
     assert mean_return == pytest.approx(sum(step[2] for step in steps) / 7) and mean_length == len(steps) / 7
-    assert f"Evaluation: return {mean_return:.1f} ± " in capsys.readouterr().out
+    returns = [0.0]
+    for _, _, reward, _, terminated, truncated in steps:
+        returns[-1] += reward
+        returns += [0.0] if terminated or truncated else []
+    deviation = np.std(returns[:7])
+    assert f"Evaluation: return {mean_return:.1f} ± {deviation:.1f} over 7 episodes" in capsys.readouterr().out
 
 
 def test_rewards_of_an_evaluation_are_kept_by_episode():

@@ -1,6 +1,7 @@
 """What ppo_atari.py has of its own: the network for pixels, and a loop over native emulators.
 
-What it shares with ppo_cartpole.py or dqn_atari.py, word for word, is tested in their files.
+What it shares with ppo_cartpole.py or dqn_atari.py, word for word, is tested in their files; see also
+test_in_common.py.
 """
 
 import itertools
@@ -55,18 +56,6 @@ def test_it_starts_orthogonal_and_the_policy_without_a_bias():
         torch.testing.assert_close(matrix @ matrix.T, gain**2 * torch.eye(len(matrix)), atol=1e-4, rtol=0)
         assert not layer.bias.any()
     assert (agent(frames())[0].softmax(-1) - 1 / 6).abs().max() < 0.02
-
-
-def test_the_network_against_its_layers_written_out():
-    """Pixels from 0 to 1; the order in memory changes nothing."""
-    agent, obs = script.Agent(4, bfloat16=False, norm_obs=False), frames()
-    x = obs.double() / 255
-    for layer in agent.double().features:
-        x = layer(x)
-    logits, values = agent.actor(x), agent.critic(x).squeeze(1)
-    found = agent.float()(obs)
-    torch.testing.assert_close(found[0].double(), logits, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[1].double(), values, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_float32_within_its_rounding():
@@ -368,11 +357,12 @@ class FixedGames(script.OwnEnvs):
         return super().reset(**keywords)
 
 
-def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch):
+def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch, capsys):
     """The first game of each, and all of it: lengths 1, 2, 3, 4, each step pays 1."""
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs: FixedGames(num_envs))
     agent = script.Agent(3, bfloat16=False, norm_obs=False)
     assert script.evaluate(script.Args(eval_episodes=4), agent, tmp_path) == (2.5, 2.5)
+    assert f"Evaluation: return 2.5 ± {np.std([1, 2, 3, 4]):.1f} over 4 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -388,12 +378,3 @@ def test_a_lost_life_ends_the_learners_episode_and_a_reset_is_no_step(tmp_path, 
     assert games >= 4 and len(batch.obs) == 2000 - games and not truncated.any()
     assert 5 * games <= terminated.sum() <= 5 * games + 10
     assert set(rewards.unique().tolist()) == {0.0, 1.0}
-
-
-def test_auto_precision_is_what_the_processor_has(monkeypatch):
-    envs = gym.make_vec("PPOScripted-v0", 1)
-    for supported in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
-        assert script.make_agent(script.Args(), envs, torch.device("cpu")).bfloat16 == supported
-    assert script.make_agent(script.Args(precision="bfloat16"), envs, torch.device("cpu")).bfloat16
-    assert not script.make_agent(script.Args(precision="float32"), envs, torch.device("cpu")).bfloat16

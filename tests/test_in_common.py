@@ -1,0 +1,281 @@
+"""What all scripts have to do alike, in whatever code: asked of each of them in this process."""
+
+import dataclasses
+import importlib
+import typing
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SCRIPTS
+from PIL import Image
+
+FROM_PIXELS = ["dqn_atari", "ppo_atari"]
+
+# What a run may change when it goes on or is played. Whoever adds to this list must be sure that nobody's weights care.
+MAY_CHANGE = {
+    "total_timesteps", "device", "resume", "evaluate", "eval_episodes", "eval_epsilon", "capture_video", "compile",
+    "num_threads",
+}  # fmt: skip
+MAY_CHANGE_IN_REINFORCE = {"checkpoint_frequency"}  # an update ends with whole episodes, which a checkpoint cannot cut
+
+
+@pytest.fixture(params=[path.stem for path in SCRIPTS])
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=FROM_PIXELS)
+def from_pixels(request):
+    return importlib.import_module(request.param)
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def another(name, value, annotation):
+    """A value that the argument could have, too."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return next(choice for choice in typing.get_args(annotation) if choice != value)
+    if name == "target_kl":
+        return 0.5
+    return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value / 2 or 0.5}.get(
+        type(value), lambda: f"{value}_"
+    )()
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_started(script, capsys):
+    """Every argument in turn: refused a change by its name, unless it has no part in what is learned."""
+    may_change = MAY_CHANGE | (MAY_CHANGE_IN_REINFORCE if script.SCRIPT == "reinforce_cartpole" else set())
+    saved, types = script.Args(), typing.get_type_hints(script.Args)
+    for name, value in dataclasses.asdict(saved).items():
+        args = dataclasses.replace(saved, **{name: another(name, value, types[name])})
+        assert getattr(args, name) != value
+        try:
+            script.refuse_changes(args, saved)
+            assert name in may_change, name
+        except SystemExit:
+            assert name not in may_change, name
+            assert f"--{name.replace('_', '-')} cannot be changed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.refuse_changes(dataclasses.replace(saved, total_timesteps=saved.total_timesteps - 1), saved)
+
+
+class FirstCheckpoint(Exception):
+    pass
+
+
+def first_weights(script, monkeypatch, tmp_path, **settings):
+    """All parts of the checkpoint at step 0 that are networks."""
+
+    def save_checkpoint(run_dir, args, parts, **counters):
+        raise FirstCheckpoint({name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)})
+
+    few = {"buffer_size": 200, "learning_starts": 64} if script.SCRIPT == "dqn_atari" else {}
+    monkeypatch.setattr(script, "save_checkpoint", save_checkpoint)
+    with pytest.raises(FirstCheckpoint) as stopped:
+        script.train(script.Args(**few | settings, runs_dir=str(tmp_path)))
+    return {
+        f"{part}.{name}": weights.clone()
+        for part, network in stopped.value.args[0].items() for name, weights in network.named_parameters()
+    }  # fmt: skip
+
+
+def test_the_seed_makes_the_first_network(script, monkeypatch, tmp_path):
+    torch.manual_seed(99)  # whatever was drawn before
+    first, again, other = (first_weights(script, monkeypatch, tmp_path / str(k), seed=k // 2) for k in (2, 3, 4))
+    assert all(torch.equal(weights, again[name]) for name, weights in first.items())
+    assert any(not torch.equal(weights, other[name]) for name, weights in first.items())
+
+
+@pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_atari"])
+def test_the_target_network_starts_as_a_copy(monkeypatch, tmp_path, name):
+    weights = first_weights(importlib.import_module(name), monkeypatch, tmp_path)
+    ours = [name for name in weights if name.startswith("q_network.")]
+    assert len(ours) >= 6
+    assert all(torch.equal(weights[name], weights[name.replace("q_network", "target_network")]) for name in ours)
+
+
+# ---- Networks, against their layers written out ---------------------------------------------------------------------
+
+
+def linear(layers, k, x):
+    return x @ layers[k].weight.T + layers[k].bias
+
+
+def dense(layers, x, activation):
+    """Linear layers with an activation between."""
+    for k in range(0, len(layers), 2):
+        x = linear(layers, k, x if k == 0 else activation(x))
+    return x
+
+
+def test_networks_for_flat_observations():
+    import dqn_cartpole
+    import ppo_cartpole
+    import ppo_continuous
+    import reinforce_cartpole
+
+    torch.manual_seed(0)
+    obs = 3 * torch.randn(50, 4)  # far enough from 0 for every unit to be bent
+    policy = reinforce_cartpole.Policy(4, 3)
+    torch.nn.init.normal_(policy.layers[-1].weight)  # it starts at 0
+    torch.testing.assert_close(policy(obs), dense(policy.layers, obs, lambda x: x.clamp(min=0)))
+    q_network = dqn_cartpole.QNetwork(4, 3, 16, norm_obs=False)
+    torch.testing.assert_close(q_network(obs), dense(q_network.layers, obs, lambda x: x.clamp(min=0)))
+    for script in (ppo_cartpole, ppo_continuous):
+        agent = script.Agent(4, 3, norm_obs=False)
+        policy, values = agent(obs)
+        torch.testing.assert_close(policy, dense(agent.actor, obs, torch.tanh))
+        torch.testing.assert_close(values, dense(agent.critic, obs, torch.tanh)[:, 0])
+
+
+def test_networks_for_pixels(from_pixels):
+    """Pixels from 0 to 1, a ReLU after every layer but the last; the order in memory changes nothing."""
+    torch.manual_seed(0)
+    name = "QNetwork" if from_pixels.SCRIPT == "dqn_atari" else "Agent"
+    network = getattr(from_pixels, name)(4, bfloat16=False, norm_obs=False)
+    for layer in network.features:
+        if hasattr(layer, "bias"):
+            torch.nn.init.normal_(layer.bias, std=0.3)  # they start at 0
+    obs = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
+    found = network(obs)
+    x, layers = obs.double() / 255, network.double().features
+    for k, stride in ((0, 4), (2, 2), (4, 1)):
+        x = F.conv2d(x, layers[k].weight, layers[k].bias, stride).clamp(min=0)
+    x = linear(layers, 7, x.flatten(1)).clamp(min=0)
+    heads = [network.head] if name == "QNetwork" else [network.actor, network.critic]
+    for output, head in zip([found] if name == "QNetwork" else found, heads):
+        expected = x @ head.weight.T + head.bias
+        torch.testing.assert_close(output.double().view(expected.shape), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- From pixels: environments, device ------------------------------------------------------------------------------
+
+
+class Spaces(gym.Env):
+    def __init__(self, obs, actions):
+        self.observation_space, self.action_space = obs, actions
+
+
+FRAMES = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+SPACES = {
+    "float frames": (gym.spaces.Box(0, 1, (4, 84, 84), np.float32), gym.spaces.Discrete(4)),
+    "frames last": (gym.spaces.Box(0, 255, (84, 84, 4), np.uint8), gym.spaces.Discrete(4)),
+    "one frame": (gym.spaces.Box(0, 255, (1, 84, 84), np.uint8), gym.spaces.Discrete(4)),
+    "no box": (gym.spaces.Dict({"frames": FRAMES}), gym.spaces.Discrete(4)),
+    "actions from 1": (FRAMES, gym.spaces.Discrete(4, start=1)),
+    "a vector of actions": (FRAMES, gym.spaces.MultiDiscrete([2, 2])),
+    "257 actions": (FRAMES, gym.spaces.Discrete(257)),
+    "256 actions": (FRAMES, gym.spaces.Discrete(256)),
+}
+for number, spaces in enumerate(SPACES.values()):
+    gym.register(f"Spaces{number}-v0", entry_point=Spaces, kwargs=dict(zip(("obs", "actions"), spaces)))
+
+
+@pytest.mark.parametrize("which", SPACES)
+def test_spaces_that_do_not_fit_are_refused(from_pixels, capsys, which):
+    args = from_pixels.Args(env_id=f"Spaces{list(SPACES).index(which)}-v0")
+    fits = which == "256 actions" or (which == "257 actions" and from_pixels.SCRIPT == "ppo_atari")
+    if fits:
+        assert from_pixels.make_envs(args, 2).num_envs == 2
+        return
+    with pytest.raises(SystemExit) as refused:
+        from_pixels.make_envs(args, 2)
+    assert refused.value.code == 2 and "needs a game such as ALE/Breakout-v5" in capsys.readouterr().err
+
+
+def test_what_only_the_emulator_can_do_is_refused_elsewhere(from_pixels, capsys):
+    with pytest.raises(SystemExit) as refused:
+        from_pixels.make_envs(from_pixels.Args(env_id="Spaces7-v0", sticky_actions=0.25), 1)
+    assert refused.value.code == 2 and "--sticky-actions" in capsys.readouterr().err
+
+
+def test_a_game_without_its_namespace_is_told_its_name(from_pixels, capsys):
+    for env_id, hint in (("Pong-v5", "the game is ALE/Pong-v5"), ("Pang-v5", "")):
+        with pytest.raises(SystemExit):
+            from_pixels.make_envs(from_pixels.Args(env_id=env_id), 1)
+        line = capsys.readouterr().err
+        assert hint in line and ("the game is" in line) == bool(hint)
+
+
+def make(script, device="cpu", **settings):
+    make_network = script.make_network if script.SCRIPT == "dqn_atari" else script.make_agent
+    return make_network(script.Args(**settings), gym.make_vec("Spaces7-v0", 1), torch.device(device))
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_precision_is_what_the_processor_has(from_pixels, monkeypatch, supported):
+    """On another device, where autocast differs, it is float32 whatever the processor has."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    assert make(from_pixels).bfloat16 == supported
+    assert make(from_pixels, precision="bfloat16").bfloat16 and not make(from_pixels, precision="float32").bfloat16
+    assert not make(from_pixels, "meta").bfloat16 and make(from_pixels, "meta", precision="bfloat16").bfloat16
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_networks_are_compiled_if_asked(from_pixels, monkeypatch, compile):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    network = make(from_pixels, compile=compile)
+    assert compiled == [network] * compile
+
+
+def test_the_device_comes_with_its_threads(from_pixels, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    for cuda, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        assert from_pixels.pick_device(from_pixels.Args()) == torch.device(expected)
+    assert threads == [] and torch.backends.cudnn.deterministic
+    assert from_pixels.pick_device(from_pixels.Args(device="cpu", num_threads=3)) == torch.device("cpu")
+    assert threads == [3]
+
+
+class Film(gym.Env):
+    """Games of 20 steps, each of which shows frames of its own."""
+
+    observation_space, action_space = FRAMES, gym.spaces.Discrete(200)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.np_random.integers(0, 256, (4, 84, 84), dtype=np.uint8), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.np_random.integers(0, 256, (4, 84, 84), dtype=np.uint8), 1.0, self.t == 20, False, {}
+
+
+gym.register("Film-v0", entry_point=Film)
+
+
+def test_the_camera_films_the_first_game(from_pixels, monkeypatch, tmp_path):
+    """It is another environment: it must get that game's seed and actions, and no step more."""
+    sent, seeds, filmed = [], [], []
+
+    class Camera:
+        def reset(self, seed):
+            seeds.append(seed.tolist())
+            return np.zeros((1, 1, 210, 160, 3), np.uint8), {}
+
+        def step(self, actions):
+            filmed.append(actions.tolist())
+            return np.full((1, 1, 210, 160, 3), len(filmed), np.uint8), 0, False, False, {}
+
+    send = from_pixels.OwnEnvs.send
+    monkeypatch.setattr(
+        from_pixels.OwnEnvs, "send", lambda envs, actions: sent.append(actions.tolist()) or send(envs, actions)
+    )
+    monkeypatch.setattr(from_pixels, "make_camera", lambda args: Camera())
+    settings = {"eval_epsilon": 0.5} if from_pixels.SCRIPT == "dqn_atari" else {}
+    args = from_pixels.Args(env_id="Film-v0", eval_episodes=3, capture_video=True, num_threads=1, **settings)
+    network = make(from_pixels, env_id="Film-v0", precision="float32")
+    assert from_pixels.evaluate(args, network, tmp_path) == (20.0, 20.0)
+    assert seeds == [from_pixels.env_seeds(1, (from_pixels.EVALUATION,), 3)[:1].tolist()]
+    assert filmed == [actions[:1] for actions in sent[:20]] and len({tuple(actions) for actions in sent}) > 1
+    with Image.open(tmp_path / "episode.gif") as picture:
+        assert picture.size == (320, 420) and picture.n_frames == 11  # of 21, every second one
