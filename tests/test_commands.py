@@ -517,7 +517,9 @@ OWN = {
         "--num-threads 1",
     ),
     "ppo_cartpole": (OWN_MODULE, "--total-timesteps 20000 --eval-episodes 3"),
-    "ppo_continuous": (CONTINUOUS_MODULE, "--total-timesteps 20000 --eval-episodes 3 --num-steps 64 --num-minibatches 4"),
+    "ppo_continuous": (
+        CONTINUOUS_MODULE, "--total-timesteps 20000 --eval-episodes 3 --num-steps 64 --num-minibatches 4"
+    ),
     "ppo_atari": (
         PIXELS_MODULE,
         "--total-timesteps 3000 --eval-episodes 3 --learning-rate 1e-3 --num-steps 16 --gamma 0.5 --ent-coef 0 "

@@ -447,8 +447,13 @@ def test_statistics_are_of_the_buffer_and_the_same_for_both_networks(tmp_path, c
     """A sample at learning-starts, 50, and at the steps 80, 120, ... 400, before the target network is updated."""
     seen, update = [], script.update
     monkeypatch.setattr(script, "SAMPLE", 8)
-    monkeypatch.setattr(script, "update", lambda q, target, *others: seen.append(
-        (q.obs_statistics.count.item(), target.obs_statistics is q.obs_statistics)) or update(q, target, *others))  # fmt: skip
+
+    def updating(q_network, target_network, *others):
+        shared = target_network.obs_statistics is q_network.obs_statistics
+        seen.append((q_network.obs_statistics.count.item(), shared))
+        return update(q_network, target_network, *others)
+
+    monkeypatch.setattr(script, "update", updating)
     train(tmp_path, capsys, norm_obs=True, learning_starts=50)
     steps = range(52, 401, 4)
     assert seen == [(8.0 * (1 + (step // 40 - 1)), True) for step in steps]
@@ -639,7 +644,7 @@ def test_every_environment_gets_the_action_that_the_q_network_chose_for_it(tmp_p
     choices, updates = [], []
     recorded(monkeypatch, "select_actions", choices)
     recorded(monkeypatch, "update", updates)
-    train(tmp_path, capsys, num_envs=3, eval_episodes=3)
+    train(tmp_path, capsys, num_envs=3, eval_episodes=3, eval_epsilon=1.0)
     chosen = {}
     for (_, obs, _), actions in choices:
         chosen |= {number(frames[-1]): int(action) for frames, action in zip(obs, actions)}
@@ -676,8 +681,8 @@ def test_every_checkpoint_begins_games_of_its_own(tmp_path, capsys, monkeypatch)
     steps, save, seeds, resets = [], script.save_checkpoint, [], []
     recorded(monkeypatch, "env_seeds", seeds)
     reset = script.OwnEnvs.reset
-    monkeypatch.setattr(script, "save_checkpoint", lambda *a, **counters: [save(*a, **counters), steps.append(counters)])
-    monkeypatch.setattr(script.OwnEnvs, "reset", lambda self, **k: resets.append(k["seed"].tolist()) or reset(self, **k))
+    monkeypatch.setattr(script, "save_checkpoint", lambda *a, **counts: steps.append(counts) or save(*a, **counts))
+    monkeypatch.setattr(script.OwnEnvs, "reset", lambda self, seed: resets.append(list(seed)) or reset(self, seed=seed))
     train(tmp_path, capsys, num_envs=4, seed=3)
     assert steps == [{"global_step": step} for step in (0, 152, 300, 400)]
     streams = [(3, (script.TRAINING, step), 4) for step in (0, 152, 300)] + [(3, (script.EVALUATION,), 2)]
@@ -789,8 +794,8 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
         {"seed": 2}, {"learning_rate": 1e-3}, {"adam_epsilon": 1e-8}, {"anneal_lr": True}, {"num_envs": 3},
         {"buffer_size": 100}, {"gamma": 0.5}, {"tau": 0.5}, {"target_network_frequency": 80}, {"batch_size": 5},
         {"start_e": 0.5}, {"end_e": 0.5}, {"exploration_fraction": 1.0}, {"learning_starts": 60},
-        {"train_frequency": 8},
-        {"double_q": True}, {"norm_obs": True}, {"loss": "squared"}, {"precision": "bfloat16"}, {"checkpoint_frequency": 100},
+        {"train_frequency": 8}, {"double_q": True}, {"norm_obs": True}, {"loss": "squared"}, {"precision": "bfloat16"},
+        {"checkpoint_frequency": 100},
     ):  # fmt: skip
         weights, _ = train(tmp_path, capsys, **changed)
         assert not torch.equal(weights, reference), changed

@@ -583,8 +583,13 @@ def test_statistics_are_of_the_buffer_and_the_same_for_both_networks(tmp_path, m
     """A sample at learning-starts, 50, and before each update of the target network, at 80, 120, ... 400."""
     seen, update = [], script.update
     monkeypatch.setattr(script, "SAMPLE", 200)
-    monkeypatch.setattr(script, "update", lambda q, target, *others: seen.append(
-        (q.obs_statistics.count.item(), target.obs_statistics is q.obs_statistics)) or update(q, target, *others))  # fmt: skip
+
+    def updating(q_network, target_network, *others):
+        shared = target_network.obs_statistics is q_network.obs_statistics
+        seen.append((q_network.obs_statistics.count.item(), shared))
+        return update(q_network, target_network, *others)
+
+    monkeypatch.setattr(script, "update", updating)
     state, _ = train(tmp_path, norm_obs=True, total_timesteps=400)
     assert state["q_network"]["obs_statistics.count"] == 200 * 10
     assert seen[0] == (200, True) and seen[-1] == (2000, True) and all(shared for _, shared in seen)
@@ -708,7 +713,8 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
         {"learning_rate": 5e-3}, {"anneal_lr": False}, {"num_envs": 3}, {"buffer_size": 100}, {"gamma": 0.9},
         {"tau": 0.5}, {"target_network_frequency": 50}, {"batch_size": 15}, {"start_e": 0.9}, {"end_e": 0.5},
         {"exploration_fraction": 0.2}, {"learning_starts": 100}, {"train_frequency": 5}, {"double_q": True},
-        {"gradient_steps": 2}, {"hidden_size": 15}, {"seed": 2}, {"total_timesteps": 700}, {"checkpoint_frequency": 250},
+        {"gradient_steps": 2}, {"hidden_size": 15}, {"seed": 2}, {"total_timesteps": 700},
+        {"checkpoint_frequency": 250},
     ):  # fmt: skip
         state, _ = train(tmp_path, **few | changed)
         assert not same(state["q_network"], reference["q_network"]), changed

@@ -303,7 +303,7 @@ def test_the_learning_rate_falls_in_a_line_or_stays(tmp_path, capsys, monkeypatc
 def test_checkpoints_are_written_when_due_and_each_begins_games_of_its_own(tmp_path, capsys, monkeypatch):
     """Rollouts of 60 steps: what is due at 90 and at 180 is done at 120 and at 180."""
     steps, save, seeds = [], script.save_checkpoint, recorded(monkeypatch, "env_seeds")
-    monkeypatch.setattr(script, "save_checkpoint", lambda *a, **counters: [save(*a, **counters), steps.append(counters)])
+    monkeypatch.setattr(script, "save_checkpoint", lambda *a, **counts: steps.append(counts) or save(*a, **counts))
     train(tmp_path, capsys, checkpoint_frequency=90, seed=3)
     assert steps == [{"global_step": step} for step in (0, 120, 180, 240)]
     streams = [(3, (script.TRAINING, step), 4) for step in (0, 120, 180)] + [(3, (script.EVALUATION,), 2)]
@@ -329,7 +329,8 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
     for changed in (
         {"seed": 2}, {"learning_rate": 1e-3}, {"anneal_lr": False}, {"num_envs": 3}, {"num_steps": 10}, {"gamma": 0.5},
         {"gae_lambda": 0.5}, {"num_minibatches": 3}, {"update_epochs": 1}, {"norm_adv": False}, {"clip_coef": 0.01},
-        {"clip_vloss": False}, {"norm_obs": True}, {"ent_coef": 0.1}, {"vf_coef": 0.1}, {"max_grad_norm": 0.1}, {"target_kl": 1e-9},
+        {"clip_vloss": False}, {"norm_obs": True}, {"ent_coef": 0.1}, {"vf_coef": 0.1}, {"max_grad_norm": 0.1},
+        {"target_kl": 1e-9},
         {"precision": "bfloat16"}, {"checkpoint_frequency": 60},
     ):  # fmt: skip
         weights, _ = train(tmp_path, capsys, **changed)

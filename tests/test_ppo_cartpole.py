@@ -113,7 +113,8 @@ def test_policy_loss_and_its_gradient_on_both_sides_of_the_clip(ratio, advantage
 
 def test_policy_loss_is_a_mean():
     ratio, advantages = torch.tensor([1.0, 1.3, 0.5, 1.3]), torch.tensor([2.0, 2.0, -2.0, -2.0])
-    assert script.clipped_policy_loss(ratio, advantages, 0.2).item() == pytest.approx((-2.0 - 2.4 + 1.6 + 2.6) / 4, abs=1e-6)
+    expected = pytest.approx((-2.0 - 2.4 + 1.6 + 2.6) / 4, abs=1e-6)
+    assert script.clipped_policy_loss(ratio, advantages, 0.2).item() == expected
 
 
 @pytest.mark.parametrize("value, clip, loss, gradient", [
@@ -311,7 +312,7 @@ def test_explained_variance_by_hand():
     assert script.explained_variance(torch.ones(4), torch.ones(4)).isfinite()
 
 
-# ---- The policy ------------------------------------------------------------------------------------------------------------
+# ---- The policy ------------------------------------------------------------------------------------------------------
 
 
 def test_log_probability_and_entropy_against_pytorchs_own():

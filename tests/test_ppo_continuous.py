@@ -187,7 +187,8 @@ def test_rollouts_are_what_really_happened(tmp_path, monkeypatch):
     for number, (_, obs, actions, rewards, next_obs, terminated, truncated, _) in enumerate(calls):
         for i in range(3):
             steps = Diary.made[i].steps[number * 20 : (number + 1) * 20]
-            for column, expected in zip((obs, rewards, next_obs, terminated, truncated), list(zip(*steps))[:1] + list(zip(*steps))[2:]):
+            seen, _, *outcome = zip(*steps)
+            for column, expected in zip((obs, rewards, next_obs, terminated, truncated), (seen, *outcome)):
                 np.testing.assert_allclose(column[:, i].numpy(), np.array(expected), rtol=1e-5)
             played = script.to_bounds(actions[:, i].numpy(), np.array([-2, 0]), np.array([2, 10]))
             np.testing.assert_allclose(played, [step[1] for step in steps], rtol=1e-5)
