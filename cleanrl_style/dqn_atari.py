@@ -4,7 +4,7 @@
 #   "torch>=2.4.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
-"""Deep Q-learning (DQN) from pixels, for Atari games.
+r"""Deep Q-learning (DQN) from pixels, for Atari games.
 
 Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
          van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
@@ -19,23 +19,24 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
          follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
 Differs  Adam in place of RMSProp, and an initialisation that lets the signal through (He et al. 2015). The target
-         network is copied every 250 gradient steps, not 10,000; exploration ends at 1%, not 10%. N games are played
-         side by side, and cut at a checkpoint, since ale-py's vector environment cannot be saved. Where only a time
-         limit ends a game, y still counts what would have followed. For the learner only, a reward becomes its sign and
-         the loss of a life ends an episode, as in the paper; what is logged are the true scores of whole games. With
-         --norm-obs, pixels are normalised by running statistics of those in the buffer, which makes moving things stand
-         out. The buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which
-         must fit into memory, too; what is overwritten is kept beside it until the next checkpoint, another 0.7 GB.
+         network is copied every 250 gradient steps, or 1,000 environment steps, not every 10,000 gradient steps;
+         exploration ends at 1%, not 10%. N games are played side by side. Where only a time limit ends a game, y still
+         counts what would have followed. Ale-py's vector environment cannot be saved, so each checkpoint begins new
+         games, and those being played are never scored. For the learner only, a reward becomes its sign and the loss of
+         a life ends an episode, as in the paper; what is logged are the true scores of whole games. With --norm-obs,
+         pixels are normalised by running statistics of those in the buffer, which makes moving things stand out. The
+         buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which must fit
+         into memory, too; what is overwritten is kept beside it until the next checkpoint, another 0.7 GB.
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
-         python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --norm-obs --double-q --buffer-size 100000
+         python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --norm-obs --double-q --buffer-size 100000 \
              --learning-starts 10000 --target-network-frequency 500 --exploration-fraction 0.125 --learning-rate 3e-4
-Expect   Pong with these flags, in bfloat16, on one core of an AMD EPYC, mean over seeds 1 to 3 (worst to best seed):
+Expect   Pong with these flags, in bfloat16, on one core (--num-threads 1) of an AMD EPYC, mean over seeds 1 to 3 (worst
+         to best seed):
              19.7 (19.4 to 20.0)    10 games after training, epsilon 0.01
              600k steps in 90 min beside another run: 18.3 to 19.6 in the last 20 training games
-         Breakout is not recorded yet. Two cores do 235 steps a second in bfloat16, 153 in float32, at the default
-         settings (tests/benchmarks/results/speed.md).
+         Breakout is not recorded yet. Two cores do 235 steps a second in bfloat16, 153 in float32.
 """
 
 import math
@@ -69,15 +70,15 @@ SCRIPT = "dqn_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations that the statistics take in before each update of the target network
-MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
+SAMPLE = 1_000  # observations for the statistics, just before each update of the target network, which moves y anyway
+MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "ALE/Breakout-v5"  # a Gymnasium environment, or my_module:MyEnv-v0
-    seed: int = 1  # of the network, the actions and the environments
+    env_id: str = "ALE/Breakout-v5"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
+    seed: int = 1  # of all that is random in the run
     total_timesteps: int = 10_000_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-4  # step size of Adam
@@ -97,12 +98,12 @@ class Args:
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
     loss: Literal["huber", "squared"] = "huber"  # huber: the gradient of large errors is that of an error of 1
     norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
-    sticky_actions: float = 0.0  # probability that the emulator repeats its last action instead of the new one
-    eval_epsilon: float = 0.01  # probability of a random action in evaluation
+    sticky_actions: float = 0.0  # probability that the emulator repeats its last action; Gymnasium's default is 0.25
+    eval_epsilon: float = 0.01  # probability of a random action in evaluation, so that no game goes in circles
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CPUs made for it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of hidden layers; auto: bfloat16 on CPUs made for it
     compile: bool = False  # compile the networks; for a GPU
-    num_threads: int = 0  # processor threads of PyTorch; 0: as many as there are cores
+    num_threads: int = 0  # CPU threads of PyTorch; 0: as many as there are cores
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
@@ -136,7 +137,7 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
-        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # in so many rows there is one to be drawn
+        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # 8 rows: see ReplayBuffer.sample
             raise ValueError("--learning-starts must be at least --batch-size, and 8 times --num-envs")
         if self.buffer_size < self.learning_starts:
             raise ValueError(f"--buffer-size must be at least --learning-starts, not {self.buffer_size}")
@@ -146,7 +147,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned, but for rounding. --checkpoint-frequency cuts the games.
+# Arguments that do not change what is learned, apart from rounding. --checkpoint-frequency does: it cuts games.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "eval_epsilon", "capture_video",
     "compile", "num_threads",
@@ -160,8 +161,9 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """N games. Their observations are the last four frames, (N, 4, 84, 84) of uint8, the newest last, 0 before a start.
 
     The emulators run in native code, in threads of their own: `send` gives them their actions, `recv` waits for what
-    came of them, in new arrays. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes
-    on. When the game is over, the next step ignores its action and begins a new one.
+    came of them, in new arrays. They see to no-ops at the start, frame skip, pressing FIRE, frames of 84 x 84, and
+    stacks. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the game is
+    over, the next step ignores its action and begins a new one.
     """
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
@@ -222,7 +224,7 @@ class OwnEnvs(gym.vector.VectorWrapper):
         return obs, rewards, terminated, truncated, info | {"episode_frame_number": self.frame_numbers}
 
 
-TRAINING, EVALUATION = 0, 1  # env_seeds has a stream (TRAINING, step) for each checkpoint, and (EVALUATION,)
+TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
 
 
 def env_seeds(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
@@ -311,7 +313,7 @@ def linear_epsilon(step: int, start: float, end: float, duration: float) -> floa
 @torch.no_grad()
 def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
     """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
-    q_values = q_network(obs).cpu()
+    q_values = q_network(obs).cpu()  # whose random numbers go on from a checkpoint
     if not math.isfinite(q_values.sum()):
         raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
     random_actions = torch.randint(q_values.shape[1], (len(q_values),))
@@ -362,6 +364,16 @@ def update(
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
 
+def newest_frames(obs: Tensor) -> Tensor:
+    """Observations (B, 4, 84, 84) of uint8 -> their newest frames (B, 84 * 84), of which the statistics are kept."""
+    return obs[:, -1].flatten(1).float()
+
+
+def is_due(step: int, count: int, frequency: int) -> bool:
+    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
+    return frequency > 0 and step % frequency < count
+
+
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -378,13 +390,15 @@ class ReplayBuffer:
     So rows that are overwritten later are first appended to a second file, and `load_state_dict` puts them back.
     """
 
+    COLUMNS = "actions", "rewards", "terminated", "ages", "valid"
+
     def __init__(self, run_dir: Path, num_rows: int, num_envs: int, create: bool) -> None:
         self.run_dir, self.num_rows, self.num_envs = run_dir, num_rows, num_envs
         path, shape = run_dir / "replay.frames", (num_rows, num_envs, 84 * 84)
         if create:
             with open(path, "wb") as file:
                 if hasattr(os, "posix_fallocate"):  # not on a Mac
-                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # a full disk is an error now or never
+                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # a full disk fails here, not hours later
                 else:
                     file.truncate(math.prod(shape))
         elif not path.is_file() or path.stat().st_size != math.prod(shape):
@@ -412,9 +426,9 @@ class ReplayBuffer:
             if self.overwritten.write(self.file[row]) != self.file[row].nbytes:
                 raise OSError(f"the disk of {self.run_dir} is full")
         self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
-        columns = (self.actions, self.rewards, self.terminated, self.ages, self.valid)
-        for column, values in zip(columns, (actions, np.sign(rewards), terminated, np.minimum(ages, STACK), valid)):
-            column[row] = torch.from_numpy(values)
+        values = actions, np.sign(rewards), terminated, np.minimum(ages, STACK), valid
+        for name, column in zip(self.COLUMNS, values):
+            getattr(self, name)[row] = torch.from_numpy(column)
         self.rows_written += 1
 
     def sample(self, batch_size: int) -> Batch:
@@ -429,13 +443,12 @@ class ReplayBuffer:
             rows, envs = torch.cat([rows, new_rows[valid]]), torch.cat([envs, new_envs[valid]])
         rows, envs = rows[:batch_size], envs[:batch_size]
         steps_back = torch.arange(STACK - 1, -2, -1)  # 3, 2, 1, 0, and -1 for the next observation's frame
-        window = (rows[:, None] - steps_back) % self.num_rows * self.num_envs + envs[:, None]
+        window = ((rows[:, None] - steps_back) % self.num_rows) * self.num_envs + envs[:, None]
         frames = self.frames.view(-1, 84 * 84).index_select(0, window.flatten()).view(batch_size, STACK + 1, 84, 84)
-        frames[(steps_back > self.ages[rows, envs][:, None]).nonzero(as_tuple=True)] = 0  # before the game's start
+        before_start = (steps_back > self.ages[rows, envs][:, None]).nonzero(as_tuple=True)  # quicker than a mask
+        frames[before_start] = 0
         actions, rewards = self.actions[rows, envs].long(), self.rewards[rows, envs].float()
         return Batch(frames[:, :-1], actions, rewards, frames[:, 1:], self.terminated[rows, envs])
-
-    COLUMNS = ("actions", "rewards", "terminated", "ages", "valid")
 
     def state_dict(self) -> dict:
         """All but the frames, for a checkpoint. From here on, rows that are overwritten go to a new second file."""
@@ -461,7 +474,7 @@ class ReplayBuffer:
         self.file[(first + np.arange(len(rows))) % self.num_rows] = rows
 
     def remove_old_files(self) -> None:
-        """To be called when the checkpoint is written, and what led to it will not be needed any more."""
+        """Removes the second files of earlier checkpoints; to be called when the new checkpoint is written."""
         for path in self.run_dir.glob("replay.overwritten-*"):
             if path.name != f"replay.overwritten-{self.saved_rows}":
                 path.unlink()
@@ -482,16 +495,6 @@ def refuse_too_large(args: Args) -> None:
             fail(f"--buffer-size needs {frames * 84 * 84 / 1e9:.1f} GB of {name}, where {free / 1e9:.1f} GB are free")
 
 
-def newest_frames(obs: Tensor) -> Tensor:
-    """Observations (B, 4, 84, 84) of uint8 -> their newest frames (B, 84 * 84), of which the statistics are kept."""
-    return obs[:, -1].flatten(1).float()
-
-
-def times_due(step: int, count: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
-    return step // frequency - (step - count) // frequency if frequency else 0
-
-
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
@@ -506,7 +509,7 @@ def train(args: Args) -> Path:
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
     refuse_too_large(args)
     run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
-    buffer = ReplayBuffer(run_dir, -(-args.buffer_size // num_envs), num_envs, create=args.resume is None)
+    buffer = ReplayBuffer(run_dir, math.ceil(args.buffer_size / num_envs), num_envs, create=args.resume is None)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
     global_step = 0
     if args.resume is not None:
@@ -540,7 +543,7 @@ def train(args: Args) -> Path:
                 envs.send(actions.numpy())
                 global_step += num_envs
 
-                # Learn, while the emulators step: what is due at the numbers of these steps.
+                # Learn, while the emulators step: what is due at the number of each of these N steps, to global_step.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(newest_frames(buffer.sample(SAMPLE).obs).to(device))
@@ -563,7 +566,7 @@ def train(args: Args) -> Path:
                     writer.add_scalar("charts/episodic_return", scores[i], global_step - num_envs + 1 + i)
                     writer.add_scalar("charts/episodic_length", lengths[i], global_step - num_envs + 1 + i)
                 scores, lengths = np.where(new_game, 0, [scores + rewards, lengths + 1])
-                if times_due(global_step, num_envs, LOG_FREQUENCY):
+                if is_due(global_step, num_envs, LOG_FREQUENCY):
                     scalars = {
                         "charts/epsilon": epsilon,
                         "charts/learning_rate": optimizer.param_groups[0]["lr"],
@@ -574,11 +577,11 @@ def train(args: Args) -> Path:
                     if recent:
                         bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
-                if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
+                if is_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
                     # One row more, with the last observations. The games are cut, so nothing comes of it: not valid.
                     buffer.add(obs, lengths, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
                     save()
-                    obs = None  # also where the run goes on, so that a resumed run is the same
+                    obs = None  # new games after each checkpoint, not only in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -588,7 +591,7 @@ def train(args: Args) -> Path:
 
 
 def evaluate(args: Args, q_network: QNetwork, run_dir: Path) -> tuple[float, float]:
-    """Plays args.eval_episodes whole games, prints how it went, returns their mean score and length."""
+    """Plays args.eval_episodes whole games side by side, prints how it went, returns mean score and length."""
     torch.manual_seed(args.seed)  # of the random actions
     count, device = args.eval_episodes, next(q_network.parameters()).device
     envs, seeds = make_envs(args, count), env_seeds(args.seed, (EVALUATION,), count)
@@ -695,7 +698,7 @@ def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> 
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
     if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+        raise FloatingPointError("a weight or a running statistic is no longer finite")
     states = {name: part.state_dict() for name, part in parts.items()}
     state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
@@ -741,7 +744,7 @@ def parse_args() -> Args:
     finder.add_argument("--evaluate", nargs="?")
     found, _ = finder.parse_known_args()
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):
+    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
     return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])

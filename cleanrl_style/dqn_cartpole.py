@@ -4,7 +4,7 @@
 #   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
-"""Deep Q-learning (DQN) for flat observations and discrete actions.
+r"""Deep Q-learning (DQN) for flat observations and discrete actions.
 
 Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
          van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
@@ -25,15 +25,15 @@ Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that
          statistics of what is in the buffer.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; A actions.
 Run      python dqn_cartpole.py
-         python dqn_cartpole.py --env-id MountainCar-v0 --total-timesteps 200000 --num-envs 1 --learning-rate 4e-3
-             --buffer-size 200000 --gamma 0.98 --target-network-frequency 600 --batch-size 128 --end-e 0.07
+         python dqn_cartpole.py --env-id MountainCar-v0 --total-timesteps 200000 --num-envs 1 --learning-rate 4e-3 \
+             --buffer-size 200000 --gamma 0.98 --target-network-frequency 600 --batch-size 128 --end-e 0.07 \
              --train-frequency 16 --gradient-steps 8 --hidden-size 256
-         python dqn_cartpole.py --env-id Acrobot-v1 --num-envs 1 --learning-rate 6.3e-4 --buffer-size 50000
-             --target-network-frequency 250 --batch-size 128 --end-e 0.1 --exploration-fraction 0.12
+         python dqn_cartpole.py --env-id Acrobot-v1 --num-envs 1 --learning-rate 6.3e-4 --buffer-size 50000 \
+             --target-network-frequency 250 --batch-size 128 --end-e 0.1 --exploration-fraction 0.12 \
              --train-frequency 4 --gradient-steps 4 --hidden-size 256
          The settings of the last two are RL Zoo's, but for the loss, the falling learning rate, --learning-starts on
-         Acrobot and, on MountainCar, more steps and a buffer that keeps them all: some policies forgot the goal when
-         10,000 steps without it came after.
+         Acrobot and, on MountainCar, more steps and a buffer for all of them: with the Zoo's 10,000, some policies
+         forgot the goal after so many steps without it.
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
          one core of an AMD EPYC that had other work, too, start-up and evaluation included:
              CartPole-v1     488.6 (386.4 to 500.0)    100k steps    60 s   nine seeds of ten reached 500.0
@@ -63,17 +63,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
-LOG_FREQUENCY = 1_000  # steps between points of the losses
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-SAMPLE = 1_000  # observations that the statistics take in before each update of the target network
-MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
+LOG_FREQUENCY = 1_000  # steps between points of the losses
+SAMPLE = 1_000  # observations for the statistics, just before each update of the target network, which moves y anyway
+MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "CartPole-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
-    seed: int = 1  # of the network, the actions and the environments
+    env_id: str = "CartPole-v1"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
+    seed: int = 1  # of all that is random in the run
     total_timesteps: int = 100_000  # environment steps to train for, at least
 
     learning_rate: float = 2.5e-3  # step size of Adam
@@ -89,7 +89,7 @@ class Args:
     exploration_fraction: float = 0.2  # share of total-timesteps that the decay takes
     learning_starts: int = 1_000  # environment steps before the first gradient step
     train_frequency: int = 2  # environment steps between gradient steps
-    gradient_steps: int = 1  # gradient steps each time; in bursts: the policy changes rarely, and then by more
+    gradient_steps: int = 1  # gradient steps each time; many, if train-frequency is high: the policy changes in bursts
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
     norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
     hidden_size: int = 64  # units in each of the network's two hidden layers
@@ -134,7 +134,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned, but for rounding. --checkpoint-frequency cuts episodes.
+# Arguments that do not change what is learned, apart from rounding. --checkpoint-frequency does: it cuts episodes.
 HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video"}
 
 
@@ -166,14 +166,14 @@ def make_envs(args: Args) -> list[gym.Env]:
     return envs
 
 
-TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, step) for each checkpoint, and (EVALUATION,)
+TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
 
 
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. Two streams share a seed only by chance: there
-    are 2**32.
+    So a resumed run plays the same episodes as one that never stopped. There are 2**32
+    seeds, so two streams rarely have one in common.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -224,7 +224,40 @@ def make_network(args: Args, envs: list[gym.Env]) -> QNetwork:
     return QNetwork(obs_size, num_actions, args.hidden_size, args.norm_obs)
 
 
-# ---- Memory ---------------------------------------------------------------------------------------------------------
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+
+
+def linear_epsilon(step: int, start: float, end: float, duration: float) -> float:
+    """The probability of a random action: falls linearly from start at step 0 to end at step `duration`, and stays."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+@torch.no_grad()
+def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
+    """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
+    q_values = q_network(obs).cpu()  # whose random numbers go on from a checkpoint
+    if not math.isfinite(q_values.sum()):
+        raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
+    random_actions = torch.randint(q_values.shape[1], (len(q_values),))
+    return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
+
+
+def td_target(
+    rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, next_q_online: Tensor | None = None
+) -> Tensor:
+    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
+
+    The maximum of noisy estimates is too high on average. So double Q-learning lets the Q-network choose a', if its
+    Q(s', .) is given as well, and the target network value it: too high only if both overestimate a' (van Hasselt, 4).
+    """
+    best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
+    return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
+
+
+@torch.no_grad()
+def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
+    """theta_target <- (1 - tau) * theta_target + tau * theta: a copy if tau is 1."""
+    torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), tau)
 
 
 class Batch(NamedTuple):
@@ -237,14 +270,41 @@ class Batch(NamedTuple):
     terminated: Tensor  # whether the episode is over and nothing follows; False at a time limit, (B,)
 
 
+def update(
+    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """One gradient step on the B transitions of a batch -> metrics, scalars."""
+    with torch.no_grad():  # the target is a constant, although the network made it
+        next_q_online = q_network(batch.next_obs) if args.double_q else None
+        next_q = target_network(batch.next_obs)
+        target = td_target(batch.rewards, batch.terminated, next_q, args.gamma, next_q_online)
+    q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
+    loss = F.mse_loss(q_values, target)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+
+def is_due(step: int, count: int, frequency: int) -> bool:
+    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
+    return frequency > 0 and step % frequency < count
+
+
+# ---- Memory ---------------------------------------------------------------------------------------------------------
+
+
 class ReplayBuffer:
     """The last transitions, as many as `size`, in a ring: once it is full, the newest takes the place of the oldest."""
 
     def __init__(self, size: int, obs_size: int) -> None:
         try:
             self.rows = Batch(
-                torch.zeros(size, obs_size), torch.zeros(size, dtype=torch.int64), torch.zeros(size),
-                torch.zeros(size, obs_size), torch.zeros(size, dtype=torch.bool),
+                obs=torch.zeros(size, obs_size), actions=torch.zeros(size, dtype=torch.int64),
+                rewards=torch.zeros(size), next_obs=torch.zeros(size, obs_size),
+                terminated=torch.zeros(size, dtype=torch.bool),
             )  # fmt: skip
         except RuntimeError:  # PyTorch has no MemoryError
             fail(f"--buffer-size {size}: so many transitions do not fit into memory")
@@ -272,66 +332,6 @@ class ReplayBuffer:
         self.num_added = state["num_added"]
         for part, saved in zip(self.rows, state["rows"]):
             part[: self.num_added] = saved
-
-
-# ---- The algorithm --------------------------------------------------------------------------------------------------
-
-
-def linear_epsilon(step: int, start: float, end: float, duration: float) -> float:
-    """The probability of a random action: falls linearly from start at step 0 to end at step `duration`, and stays."""
-    return end if step >= duration else start + (end - start) * step / duration
-
-
-@torch.no_grad()
-def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
-    """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
-    q_values = q_network(obs).cpu()
-    if not math.isfinite(q_values.sum()):
-        raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
-    random_actions = torch.randint(q_values.shape[1], (len(q_values),))
-    return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
-
-
-def td_target(
-    rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, next_q_online: Tensor | None = None
-) -> Tensor:
-    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
-
-    The maximum of noisy estimates is too high on average. So double Q-learning lets the Q-network choose a', if its
-    Q(s', .) is given as well, and the target network value it: too high only if both overestimate a' (van Hasselt, 4).
-    """
-    best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
-    return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
-
-
-@torch.no_grad()
-def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
-    """theta_target <- (1 - tau) * theta_target + tau * theta: a copy if tau is 1."""
-    torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), tau)
-
-
-def update(
-    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, gamma: float,
-    double_q: bool,
-) -> dict[str, Tensor]:  # fmt: skip
-    """One gradient step on the B transitions of a batch -> metrics, scalars."""
-    with torch.no_grad():  # the target is a constant, although the network made it
-        next_q_online = q_network(batch.next_obs) if double_q else None
-        next_q = target_network(batch.next_obs)
-        target = td_target(batch.rewards, batch.terminated, next_q, gamma, next_q_online)
-    q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
-    loss = F.mse_loss(q_values, target)
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss is {loss.item()}")
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
-
-
-def times_due(step: int, count: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
-    return step // frequency - (step - count) // frequency if frequency else 0
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -383,26 +383,27 @@ def train(args: Args) -> Path:
                 for i, action in enumerate(actions.tolist()):
                     obs[i], reward, terminated, truncated, _ = envs[i].step(first_action + action)
                     buffer.add(rows[i], action, reward, obs[i], terminated)
-                    global_step, returns[i], lengths[i] = global_step + 1, returns[i] + float(reward), lengths[i] + 1
+                    global_step += 1
+                    returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
                     if terminated or truncated:
                         writer.add_scalar("charts/episodic_return", returns[i], global_step)
                         writer.add_scalar("charts/episodic_length", lengths[i], global_step)
                         recent.append(returns[i])
                         obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
 
-                # Learn: what is due at the numbers of these steps.
+                # Learn: what is due at the number of each of these N steps, the last of which is global_step.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(buffer.sample(SAMPLE).obs.to(device))
                     if step % args.train_frequency == 0:
                         for _ in range(args.gradient_steps):
                             batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
-                            metrics = update(q_network, target_network, optimizer, batch, args.gamma, args.double_q)
+                            metrics = update(q_network, target_network, optimizer, batch, args)
                     if step % args.target_network_frequency == 0:
                         update_target(target_network, q_network, args.tau)
 
                 # Log, save.
-                if times_due(global_step, num_envs, LOG_FREQUENCY):
+                if is_due(global_step, num_envs, LOG_FREQUENCY):
                     scalars = {
                         "charts/epsilon": epsilon,
                         "charts/learning_rate": optimizer.param_groups[0]["lr"],
@@ -413,9 +414,9 @@ def train(args: Args) -> Path:
                     if recent:
                         bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
-                if times_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
+                if is_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
                     save()
-                    obs = None  # also where the run goes on, so that a resumed run is the same
+                    obs = None  # new episodes after each checkpoint, not only in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -453,10 +454,9 @@ def play_greedily(
 def evaluate(args: Args, envs: list[gym.Env], q_network: nn.Module, run_dir: Path) -> tuple[float, float]:
     """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
     seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    frames = [] if args.capture_video else None
-    episodes = play_greedily(envs, q_network, seeds[: len(envs)], frames)
-    for first in range(len(envs), len(seeds), len(envs)):
-        episodes += play_greedily(envs, q_network, seeds[first : first + len(envs)])
+    episodes, frames = [], [] if args.capture_video else None
+    for first in range(0, len(seeds), len(envs)):
+        episodes += play_greedily(envs, q_network, seeds[first : first + len(envs)], None if first else frames)
     returns = [sum(rewards) for rewards in episodes]
     print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
     if frames:
@@ -543,7 +543,7 @@ def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> 
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
     if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+        raise FloatingPointError("a weight or a running statistic is no longer finite")
     states = {name: part.state_dict() for name, part in parts.items()}
     state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
@@ -589,7 +589,7 @@ def parse_args() -> Args:
     finder.add_argument("--evaluate", nargs="?")
     found, _ = finder.parse_known_args()
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):
+    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
     return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])

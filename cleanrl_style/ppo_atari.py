@@ -4,7 +4,7 @@
 #   "torch>=2.4.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
-"""Proximal policy optimisation (PPO) from pixels, for Atari games.
+r"""Proximal policy optimisation (PPO) from pixels, for Atari games.
 
 Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
@@ -14,10 +14,10 @@ Idea     Play T steps in N environments with the policy pi. Estimate how much be
          go over these steps several times, and make the better actions more probable and the worse ones less. The steps
          were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards a
          change of pi(a|s) once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is V(s), a
-         second output that learns to predict the discounted sum of rewards from s on.
+         prediction of the discounted sum of rewards from s on, which is learned as well.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
-             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: that, of all steps to come
+             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: all deltas from t on, discounted
              ratio   = pi(a|s) / pi_old(a|s)
              loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)      for the policy
                        + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
@@ -26,13 +26,14 @@ Idea     Play T steps in N environments with the policy pi. Estimate how much be
 Differs  Where only a time limit ends an episode, V stands for what would have followed. Ale-py's vector environment
          cannot be saved, so each checkpoint begins new games, and those being played are never scored. For the learner
          only, a reward becomes its sign and the loss of a life ends an episode; what is logged are the true scores of
-         whole games. On by default, beyond the equations: A is normalised in each minibatch, and the change of V is
-         clipped. Off by default: --target-kl, and --norm-obs, with which Pong is learned quickly.
+         whole games. On by default, beyond the equations: A is normalised in each minibatch, the change of V and the
+         gradient are clipped. Off by default: the early stop by the KL divergence, and the normalisation of
+         observations, with which Pong is learned quickly.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; A actions. Row t is the step from t to
          t+1. One step is four frames of the game.
 Run      python ppo_atari.py
-         python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --num-envs 32 --num-minibatches 8
-             --update-epochs 3 --learning-rate 5e-4 --no-anneal-lr --clip-coef 0.2 --no-clip-vloss --norm-obs
+         python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --num-envs 32 --num-minibatches 8 \
+             --update-epochs 3 --learning-rate 5e-4 --no-anneal-lr --clip-coef 0.2 --no-clip-vloss --norm-obs \
              --checkpoint-frequency 200000
 Expect   Pong with these flags, on two cores of an AMD EPYC, mean over seeds 1 to 3 (worst to best seed):
              19.6 (19.3 to 19.7)    10 games after training, actions sampled
@@ -67,14 +68,14 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 SCRIPT = "ppo_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
+MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "ALE/Breakout-v5"  # a Gymnasium environment, or my_module:MyEnv-v0
-    seed: int = 1  # of the network, the actions and the environments
+    env_id: str = "ALE/Breakout-v5"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
+    seed: int = 1  # of all that is random in the run
     total_timesteps: int = 10_000_000  # environment steps to train for, at least
 
     learning_rate: float = 2.5e-4  # step size of Adam
@@ -82,22 +83,22 @@ class Args:
     num_envs: int = 8  # environments that are stepped side by side (N)
     num_steps: int = 128  # steps in each environment for one rollout (T)
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all rewards
+    gae_lambda: float = 0.95  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all, then V
     num_minibatches: int = 4  # parts of a rollout, one gradient step for each
     update_epochs: int = 4  # times that a rollout is learned from
     norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
     clip_coef: float = 0.1  # how far the ratio of new to old probability may move from 1 and still pay (epsilon)
-    clip_vloss: bool = True  # limit the change of V to clip-coef in the value loss, too
+    clip_vloss: bool = True  # the value loss, too, rewards no change of V beyond clip-coef
     ent_coef: float = 0.01  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
     target_kl: float | None = None  # stop learning from a rollout after an epoch with a larger KL divergence, in nats
     norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
-    sticky_actions: float = 0.0  # probability that the emulator repeats its last action instead of the new one
+    sticky_actions: float = 0.0  # probability that the emulator repeats its last action; Gymnasium's default is 0.25
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CPUs made for it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of hidden layers; auto: bfloat16 on CPUs made for it
     compile: bool = False  # compile the networks; for a GPU
-    num_threads: int = 0  # processor threads of PyTorch; 0: as many as there are cores
+    num_threads: int = 0  # CPU threads of PyTorch; 0: as many as there are cores
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
@@ -129,12 +130,13 @@ class Args:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if self.num_steps // 2 * self.num_envs < 2 * self.num_minibatches:  # half of the steps may be resets
-            raise ValueError("--num-minibatches must leave at least 4 of the --num-envs times --num-steps for each")
+            raise ValueError("--num-minibatches must leave 2 steps for each, even if half of the --num-envs times "
+                             "--num-steps are resets")  # fmt: skip
         if self.resume is not None and self.evaluate is not None:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned, but for rounding. --checkpoint-frequency cuts the games.
+# Arguments that do not change what is learned, apart from rounding. --checkpoint-frequency does: it cuts games.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video", "compile", "num_threads",
 }  # fmt: skip
@@ -210,7 +212,7 @@ class OwnEnvs(gym.vector.VectorWrapper):
         return obs, rewards, terminated, truncated, info | {"episode_frame_number": self.frame_numbers}
 
 
-TRAINING, EVALUATION = 0, 1  # env_seeds has a stream (TRAINING, step) for each checkpoint, and (EVALUATION,)
+TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
 
 
 def env_seeds(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
@@ -281,7 +283,7 @@ class Agent(nn.Module):
 
 
 def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Agent:
-    """auto: bfloat16 where the processor has instructions for it, else float32."""
+    """An agent that fits the environments; auto: bfloat16 where the CPU has instructions for it, else float32."""
     has_bfloat16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and has_bfloat16)
     agent = Agent(int(envs.single_action_space.n), bfloat16, args.norm_obs).to(device)
@@ -350,7 +352,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
 
 
 class Batch(NamedTuple):
-    """B steps of a rollout. Row b of each:"""
+    """Steps of a rollout, B in a minibatch. Row b of each:"""
 
     obs: Tensor  # what the environment showed, not normalised, (B, 4, 84, 84)
     actions: Tensor  # what was done then, (B,)
@@ -393,9 +395,10 @@ def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args
     for _ in range(args.update_epochs):
         for chosen in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
             metrics.append(update(agent, optimizer, Batch(*(part[chosen] for part in batch)), args))
-        epoch_kl = sum(minibatch["losses/approx_kl"] for minibatch in metrics[-args.num_minibatches :])
-        if args.target_kl is not None and epoch_kl / args.num_minibatches > args.target_kl:
-            break
+        if args.target_kl is not None:
+            epoch_kl = sum(minibatch["losses/approx_kl"] for minibatch in metrics[-args.num_minibatches :])
+            if epoch_kl / args.num_minibatches > args.target_kl:
+                break
     means = {tag: torch.stack([minibatch[tag] for minibatch in metrics]).mean() for tag in metrics[0]}
     if not all(value.isfinite() for value in means.values()):
         raise FloatingPointError("the losses are no longer finite")
@@ -408,13 +411,13 @@ def newest_frames(obs: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1: V foresaw all of the returns; 0: no better than their mean; below: worse. (B,), (B,) -> scalar [D12]."""
+    """1: V foresaw the returns, but for a constant; 0: no better than their mean. (B,), (B,) -> scalar [D12]."""
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
 
 
-def times_due(step: int, count: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
-    return step // frequency - (step - count) // frequency if frequency else 0
+def is_due(step: int, count: int, frequency: int) -> bool:
+    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
+    return frequency > 0 and step % frequency < count
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -531,10 +534,10 @@ def train(args: Args) -> Path:
                 if recent:
                     bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
-                due = times_due(global_step, num_steps * num_envs, args.checkpoint_frequency)
+                due = is_due(global_step, num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs = None  # also where the run goes on, so that a resumed run is the same
+                    obs = None  # new games after each checkpoint, not only in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -544,7 +547,10 @@ def train(args: Args) -> Path:
 
 
 def evaluate(args: Args, agent: Agent, run_dir: Path) -> tuple[float, float]:
-    """Plays args.eval_episodes whole games side by side, samples the actions, returns mean score and length."""
+    """Plays args.eval_episodes whole games side by side, prints how it went, returns mean score and length.
+
+    Actions are sampled as in training: by the most probable ones, a game can go in circles.
+    """
     torch.manual_seed(args.seed)  # of the random actions
     count, device = args.eval_episodes, next(agent.parameters()).device
     envs, seeds = make_envs(args, count), env_seeds(args.seed, (EVALUATION,), count)
@@ -650,7 +656,7 @@ def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> 
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
     if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+        raise FloatingPointError("a weight or a running statistic is no longer finite")
     states = {name: part.state_dict() for name, part in parts.items()}
     state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
@@ -696,7 +702,7 @@ def parse_args() -> Args:
     finder.add_argument("--evaluate", nargs="?")
     found, _ = finder.parse_known_args()
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):
+    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
     return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])

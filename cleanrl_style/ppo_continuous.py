@@ -5,7 +5,7 @@
 #   # and gymnasium[mujoco] for HalfCheetah-v5 and the like
 # ]
 # ///
-"""Proximal policy optimisation (PPO) for flat observations and continuous actions.
+r"""Proximal policy optimisation (PPO) for flat observations and continuous actions.
 
 Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
@@ -15,29 +15,31 @@ Idea     Play T steps in N environments with the policy pi. Estimate how much be
          go over these steps several times, and make the better actions more probable and the worse ones less. The steps
          were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards a
          change of pi(a|s) once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is V(s), a
-         second output that learns to predict the discounted sum of rewards from s on.
+         prediction of the discounted sum of rewards from s on, which is learned as well.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
-             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: that, of all steps to come
+             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: all deltas from t on, discounted
              ratio   = pi(a|s) / pi_old(a|s)
              loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)      for the policy
                        + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
                        - ent_coef * entropy of pi                                              to keep exploring
 
 Differs  Where only a time limit ends an episode, V stands for what would have followed. All environments begin new
-         episodes at a checkpoint, since Gymnasium cannot save an environment's state. Observations are normalised by
-         what was seen in training so far, and rewards, in training, are scaled by it. Off by default: the clip of the
-         value loss, and the early stop by the KL divergence.
+         episodes at a checkpoint, since Gymnasium cannot save an environment's state. On by default, beyond the
+         equations: observations are normalised by what was seen in training so far, and rewards, in training, are
+         scaled by it; A is normalised in each minibatch, and the gradient is clipped. Off by default: the clip of the
+         change of V, and the early stop by the KL divergence.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; A numbers of
          an action. Row t is the step from t to t+1.
 Run      python ppo_continuous.py
-         python ppo_continuous.py --env-id HalfCheetah-v5 --gamma 0.99 --learning-rate 3e-4 --ent-coef 0
+         python ppo_continuous.py --env-id HalfCheetah-v5 --gamma 0.99 --learning-rate 3e-4 --ent-coef 0 \
              --total-timesteps 1000000
-Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10, in the last two 1 to 3 (worst to best
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10, of MuJoCo 1 to 3 (worst to best
          seed), and wall time on one core of an AMD EPYC that had other work, too, start-up and evaluation included:
              Pendulum-v1     -192.3 (-236.0 to -159.4)    200k steps   107 s   now and then a swing-up fails
              HalfCheetah-v5  2943.6 (1866.8 to 5088.8)    1M steps     410 s   two seeds of three stopped below 1,900
              Hopper-v5       3362.1 (3216.7 to 3527.2)    1M steps     352 s   with the same flags
+             Walker2d-v5     3495.9 (1307.2 to 5112.5)    1M steps     508 s   with the same flags
 """
 
 import math
@@ -62,14 +64,14 @@ from tqdm import tqdm
 
 SCRIPT = "ppo_continuous"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
+MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "Pendulum-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
-    seed: int = 1  # of the network, the actions and the environments
+    env_id: str = "Pendulum-v1"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
+    seed: int = 1  # of all that is random in the run
     total_timesteps: int = 200_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-3  # step size of Adam
@@ -77,18 +79,18 @@ class Args:
     num_envs: int = 4  # environments that are stepped side by side (N)
     num_steps: int = 512  # steps in each environment for one rollout (T)
     gamma: float = 0.9  # discount factor
-    gae_lambda: float = 0.95  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all rewards
+    gae_lambda: float = 0.95  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all, then V
     num_minibatches: int = 32  # parts of a rollout, one gradient step for each
     update_epochs: int = 10  # times that a rollout is learned from
     norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
     clip_coef: float = 0.2  # how far the ratio of new to old probability may move from 1 and still pay (epsilon)
-    clip_vloss: bool = False  # limit the change of V to clip-coef in the value loss, too
+    clip_vloss: bool = False  # the value loss, too, rewards no change of V beyond clip-coef
     ent_coef: float = 0.01  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
     target_kl: float | None = None  # stop learning from a rollout after an epoch with a larger KL divergence, in nats
     norm_obs: bool = True  # shift and scale observations to mean 0 and standard deviation 1
-    norm_reward: bool = True  # scale rewards: the discounted sum so far gets standard deviation 1
+    norm_reward: bool = True  # scale rewards, so that the discounted sum so far has deviation 1; clip at 10
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
@@ -125,7 +127,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned, but for rounding. --checkpoint-frequency cuts episodes.
+# Arguments that do not change what is learned, apart from rounding. --checkpoint-frequency does: it cuts episodes.
 HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video"}
 
 
@@ -159,14 +161,14 @@ def make_envs(args: Args) -> list[gym.Env]:
     return envs
 
 
-TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, step) for each checkpoint, and (EVALUATION,)
+TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
 
 
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. Two streams share a seed only by chance: there
-    are 2**32.
+    So a resumed run plays the same episodes as one that never stopped. There are 2**32
+    seeds, so two streams rarely have one in common.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -320,7 +322,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
 
 
 class Batch(NamedTuple):
-    """B steps of a rollout. Row b of each:"""
+    """Steps of a rollout, B in a minibatch. Row b of each:"""
 
     obs: Tensor  # what the environment showed, not normalised, (B, O)
     actions: Tensor  # what was done then, (B, A)
@@ -379,9 +381,10 @@ def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args
     for _ in range(args.update_epochs):
         for chosen in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
             metrics.append(update(agent, optimizer, Batch(*(part[chosen] for part in batch)), args))
-        epoch_kl = sum(minibatch["losses/approx_kl"] for minibatch in metrics[-args.num_minibatches :])
-        if args.target_kl is not None and epoch_kl / args.num_minibatches > args.target_kl:
-            break
+        if args.target_kl is not None:
+            epoch_kl = sum(minibatch["losses/approx_kl"] for minibatch in metrics[-args.num_minibatches :])
+            if epoch_kl / args.num_minibatches > args.target_kl:
+                break
     means = {tag: torch.stack([minibatch[tag] for minibatch in metrics]).mean() for tag in metrics[0]}
     if not all(value.isfinite() for value in means.values()):
         raise FloatingPointError("the losses are no longer finite")
@@ -389,13 +392,13 @@ def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1: V foresaw all of the returns; 0: no better than their mean; below: worse. (B,), (B,) -> scalar [D12]."""
+    """1: V foresaw the returns, but for a constant; 0: no better than their mean. (B,), (B,) -> scalar [D12]."""
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
 
 
-def times_due(step: int, count: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
-    return step // frequency - (step - count) // frequency if frequency else 0
+def is_due(step: int, count: int, frequency: int) -> bool:
+    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
+    return frequency > 0 and step % frequency < count
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -452,7 +455,7 @@ def train(args: Args) -> Path:
                             recent.append(returns[i])
                             obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
 
-                # Learn.
+                # Learn. Some environments give rewards as arrays of one number, hence view_as.
                 rows, actions, next_rows, rewards, terminated, truncated = (
                     torch.from_numpy(np.array(part, dtype=np.float32)).to(device) for part in zip(*rollout)
                 )
@@ -475,10 +478,10 @@ def train(args: Args) -> Path:
                 if recent:
                     bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
-                due = times_due(global_step, args.num_steps * num_envs, args.checkpoint_frequency)
+                due = is_due(global_step, args.num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs = None  # also where the run goes on, so that a resumed run is the same
+                    obs = None  # new episodes after each checkpoint, not only in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -516,10 +519,9 @@ def play_greedily(
 def evaluate(args: Args, envs: list[gym.Env], agent: Agent, run_dir: Path) -> tuple[float, float]:
     """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
     seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    frames = [] if args.capture_video else None
-    episodes = play_greedily(envs, agent, seeds[: len(envs)], frames)
-    for first in range(len(envs), len(seeds), len(envs)):
-        episodes += play_greedily(envs, agent, seeds[first : first + len(envs)])
+    episodes, frames = [], [] if args.capture_video else None
+    for first in range(0, len(seeds), len(envs)):
+        episodes += play_greedily(envs, agent, seeds[first : first + len(envs)], None if first else frames)
     returns = [sum(rewards) for rewards in episodes]
     print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
     if frames:
@@ -606,7 +608,7 @@ def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> 
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
     if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+        raise FloatingPointError("a weight or a running statistic is no longer finite")
     states = {name: part.state_dict() for name, part in parts.items()}
     state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
@@ -652,7 +654,7 @@ def parse_args() -> Args:
     finder.add_argument("--evaluate", nargs="?")
     found, _ = finder.parse_known_args()
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):
+    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
     return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])

@@ -24,11 +24,11 @@ Shapes   N episodes of an update; T steps of an episode; B steps of all N episod
          observation; A actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
 Run      python reinforce_cartpole.py
          python reinforce_cartpole.py --env-id Acrobot-v1 --total-timesteps 400000
-         Closest to the textbook: --episodes-per-update 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
+         Textbook form: --episodes-per-update 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 20 (worst to best seed), and wall time on
-         one core of a Xeon, start-up and evaluation included:
+         one core of an Intel Xeon, start-up and evaluation included:
              CartPole-v1                   498.2 (489.1 to 500.0)   100k steps    6 s
-             CartPole-v1, as the textbook  448.3 (206.1 to 500.0)   100k steps   14 s
+             CartPole-v1, textbook form    448.3 (206.1 to 500.0)   100k steps   14 s
              Acrobot-v1                    -83.4 (-91.8 to -78.0)   400k steps   30 s
 """
 
@@ -55,21 +55,21 @@ from tqdm import tqdm
 
 SCRIPT = "reinforce_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # an animated picture shows every second one of at most so many
+MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "CartPole-v1"  # a Gymnasium environment, or my_module:MyEnv-v0
-    seed: int = 1  # of the network, the actions and the environments
+    env_id: str = "CartPole-v1"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
+    seed: int = 1  # of all that is random in the run
     total_timesteps: int = 100_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-2  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
     gamma: float = 0.99  # discount factor
     episodes_per_update: int = 8  # whole episodes in one gradient step (N)
-    normalize_returns: bool = True  # subtract the baseline and scale to standard deviation 1: G_t - b_t for G_t
+    normalize_returns: bool = True  # learn from (G_t - b_t) / standard deviation in place of G_t
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
@@ -101,7 +101,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# The arguments that have no part in what is learned, but for rounding.
+# Arguments that do not change what is learned, apart from rounding.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "checkpoint_frequency", "resume", "evaluate", "eval_episodes", "capture_video",
 }  # fmt: skip
@@ -195,14 +195,14 @@ def play_episodes(
     return episodes
 
 
-TRAINING, EVALUATION = 0, 1  # episode_seeds has a stream (TRAINING, update) for each update, and (EVALUATION,)
+TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, update) for the update of that number, (EVALUATION,)
 
 
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. Two streams share a seed only by chance: there
-    are 2**32.
+    So a resumed run plays the same episodes as one that never stopped. There are 2**32
+    seeds, so two streams rarely have one in common.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -230,7 +230,8 @@ def normalize_returns(returns: list[Tensor]) -> Tensor:
     lengths = torch.tensor([len(episode) for episode in returns])
     padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
     reached = torch.arange(padded.shape[1]) < lengths[:, None]  # (N, longest T), False after an episode's end
-    padded = (padded - padded[lengths.argmax()]) * reached  # changes no difference, but equal returns get exactly 0
+    # Counted from the longest episode's, returns that are all equal are exactly 0; no difference between them changes.
+    padded = (padded - padded[lengths.argmax()]) * reached
     baseline = padded.sum(0) / reached.sum(0)  # (longest T,)
     differences = (padded - baseline)[reached]  # (B,), episode after episode
     return differences / (differences.std(correction=0) + 1e-8)
@@ -259,9 +260,9 @@ def update(
     return {"losses/policy_loss": loss.detach(), "losses/entropy": distribution.entropy().mean().detach()}
 
 
-def times_due(step: int, count: int, frequency: int) -> int:
-    """How many multiples of frequency are among the last `count` numbers up to step; 0 if frequency is 0."""
-    return step // frequency - (step - count) // frequency if frequency else 0
+def is_due(step: int, count: int, frequency: int) -> bool:
+    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
+    return frequency > 0 and step % frequency < count
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -288,8 +289,8 @@ def train(args: Args) -> Path:
         writer.flush()  # the event file must not lag behind the checkpoint
         save_checkpoint(run_dir, args, parts, global_step=global_step, num_updates=num_updates)
 
-    save()  # from here on there is something to resume
     first_step, start_time = global_step, time.perf_counter()
+    save()  # from here on there is something to resume
     try:
         with progress_bar(global_step, args.total_timesteps) as bar:
             while global_step < args.total_timesteps:
@@ -304,8 +305,8 @@ def train(args: Args) -> Path:
                 obs = torch.from_numpy(np.array([row for episode in episodes for row in episode.obs]))
                 actions = torch.tensor([action for episode in episodes for action in episode.actions])
                 returns = [discounted_returns(episode.rewards, args.gamma) for episode in episodes]
-                returns = normalize_returns(returns) if args.normalize_returns else torch.cat(returns)
-                batch = (obs.to(device), actions.to(device), returns.to(device))
+                weights = normalize_returns(returns) if args.normalize_returns else torch.cat(returns)
+                batch = (obs.to(device), actions.to(device), weights.to(device))
                 metrics = update(policy, optimizer, *batch, len(episodes))
 
                 # Log, save.
@@ -322,7 +323,7 @@ def train(args: Args) -> Path:
                     writer.add_scalar(tag, value, global_step)
                 bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
-                due = times_due(global_step, len(actions), args.checkpoint_frequency)
+                due = is_due(global_step, len(actions), args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
     except (FloatingPointError, KeyboardInterrupt) as error:
@@ -336,10 +337,10 @@ def train(args: Args) -> Path:
 def evaluate(args: Args, envs: list[gym.Env], policy: Policy, run_dir: Path) -> tuple[float, float]:
     """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
     seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    frames = [] if args.capture_video else None
-    episodes = play_episodes(envs, policy, seeds[: len(envs)], greedy=True, frames=frames)
-    for first in range(len(envs), len(seeds), len(envs)):
-        episodes += play_episodes(envs, policy, seeds[first : first + len(envs)], greedy=True)
+    episodes, frames = [], [] if args.capture_video else None
+    for first in range(0, len(seeds), len(envs)):
+        group = seeds[first : first + len(envs)]
+        episodes += play_episodes(envs, policy, group, greedy=True, frames=None if first else frames)
     returns = [sum(episode.rewards) for episode in episodes]
     print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
     if frames:
@@ -426,7 +427,7 @@ def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> 
     """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
     if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight, or the mean of the observations, is no longer finite")
+        raise FloatingPointError("a weight or a running statistic is no longer finite")
     states = {name: part.state_dict() for name, part in parts.items()}
     state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
     with open(run_dir / "checkpoint.tmp", "wb") as file:
@@ -472,7 +473,7 @@ def parse_args() -> Args:
     finder.add_argument("--evaluate", nargs="?")
     found, _ = finder.parse_known_args()
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):
+    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
     return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])

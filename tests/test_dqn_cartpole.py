@@ -112,7 +112,7 @@ def test_update_finds_the_values_of_value_iteration(double_q):
     batch = one_hot_batch(process, 6)
     optimizer = torch.optim.SGD(q_network.parameters(), lr=9.0)  # the gradient of the mean of 18 squares: Q becomes y
     for _ in range(300):
-        script.update(q_network, target_network, optimizer, batch, 0.9, double_q)
+        script.update(q_network, target_network, optimizer, batch, script.Args(gamma=0.9, double_q=double_q))
         script.update_target(target_network, q_network, 1.0)
     np.testing.assert_allclose(q_network.q.detach(), expected, atol=1e-6)
 
@@ -127,7 +127,8 @@ def test_update_takes_one_step_down_the_gradient_and_reports():
     batch = one_hot_batch({(0, 1): (2.0, 1, False)}, 2)
     for double_q in (False, True):
         before = q_network.q.detach().clone()
-        metrics = script.update(q_network, target_network, optimizer, batch, 0.5, double_q)
+        args = script.Args(gamma=0.5, double_q=double_q)
+        metrics = script.update(q_network, target_network, optimizer, batch, args)
         before[0, 1] += 0.1 * 2 * (5 - before[0, 1])
         torch.testing.assert_close(q_network.q.detach(), before)
     assert target_network.q.grad is None and target_network.q.tolist() == [[0.0, 0.0], [4.0, 6.0]]
@@ -143,8 +144,8 @@ def test_update_lets_the_online_network_choose_if_asked():
     optimizer = torch.optim.SGD(q_network.parameters(), lr=0.0)
     batch = one_hot_batch({(0, 1): (2.0, 1, False)}, 2)
     plain, double = (
-        script.update(q_network, target_network, optimizer, batch, 0.5, double_q)["losses/td_loss"].item()
-        for double_q in (False, True)
+        script.update(q_network, target_network, optimizer, batch, args)["losses/td_loss"].item()
+        for args in (script.Args(gamma=0.5), script.Args(gamma=0.5, double_q=True))
     )
     assert (plain, double) == (25.0, 16.0)  # (2 + 0.5 * 6)^2 and (2 + 0.5 * 4)^2
 
@@ -153,7 +154,8 @@ def test_loss_is_a_mean_over_the_batch():
     process = random_process()
     q_network, target_network = Table(6, 3), Table(6, 3)
     optimizer = torch.optim.SGD(q_network.parameters(), lr=0.0)
-    loss = script.update(q_network, target_network, optimizer, one_hot_batch(process, 6), 0.9, False)["losses/td_loss"]
+    batch = one_hot_batch(process, 6)
+    loss = script.update(q_network, target_network, optimizer, batch, script.Args())["losses/td_loss"]
     assert loss.item() == pytest.approx(np.mean([reward**2 for reward, _, _ in process.values()]))
 
 
@@ -162,7 +164,8 @@ def test_update_stops_at_what_is_not_finite_before_it_spoils_the_weights(poison)
     q_network = Table(2, 2)
     optimizer = torch.optim.SGD(q_network.parameters(), lr=0.1)
     with pytest.raises(FloatingPointError):
-        script.update(q_network, Table(2, 2), optimizer, one_hot_batch({(0, 1): (poison, 1, False)}, 2), 0.5, False)
+        batch = one_hot_batch({(0, 1): (poison, 1, False)}, 2)
+        script.update(q_network, Table(2, 2), optimizer, batch, script.Args())
     assert q_network.q.isfinite().all()
 
 
@@ -309,19 +312,19 @@ def test_checkpoint_has_the_filled_rows_only(tmp_path):
     assert (tmp_path / "buffer.pt").stat().st_size < 10_000
 
 
-# ---- times_due ------------------------------------------------------------------------------------------------------
+# ---- is_due ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 4, 10])
 @pytest.mark.parametrize("frequency", [1, 3, 4, 7])
-def test_times_due_against_a_count(num_steps, frequency):
+def test_is_due_against_a_search(num_steps, frequency):
     for step in range(num_steps, 60):
         multiples = [k for k in range(step - num_steps + 1, step + 1) if k % frequency == 0]
-        assert script.times_due(step, num_steps, frequency) == len(multiples)
+        assert script.is_due(step, num_steps, frequency) == bool(multiples)
 
 
 def test_frequency_0_is_never():
-    assert script.times_due(100, 10, 0) == 0
+    assert not script.is_due(100, 10, 0)
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -418,8 +421,8 @@ def follow(monkeypatch):
         monkeypatch.setattr(script, name, spying)
 
     spy("select_actions", lambda q_network, obs, epsilon: (obs.tolist(), epsilon))
-    spy("update", lambda q, target, optimizer, batch, gamma, double_q: (
-        optimizer.param_groups[0]["lr"], type(optimizer), len(batch.obs), gamma, double_q,
+    spy("update", lambda q, target, optimizer, batch, args: (
+        optimizer.param_groups[0]["lr"], type(optimizer), len(batch.obs), args.gamma, args.double_q,
     ))  # fmt: skip
     spy("update_target", lambda target, q, tau: tau)
     return notes

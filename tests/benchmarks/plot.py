@@ -51,6 +51,7 @@ PICTURES = {
     "mujoco.png": {
         "HalfCheetah-v5": (1443, "CleanRL's PPO, 1M steps: 1443", "right", "top", (-700, 6000)),
         "Hopper-v5": (2383, "CleanRL's PPO, 1M steps: 2383", "right", "top", (0, 3600)),
+        "Walker2d-v5": (2288, "CleanRL's PPO, 1M steps: 2288", "right", "top", (0, 5400)),
     },
     "atari.png": {
         "ALE-Pong-v5": (20.4, "CleanRL's PPO, 10M steps: 20.4", "left", "bottom", (-22, 24)),
@@ -122,12 +123,14 @@ def results_table() -> str:
         head, curves, evaluations = read(name)
         values = np.array(list(evaluations.values()))
         low, high = interval(values)
+        band = f"{low:.1f} to {high:.1f}" if len(values) >= 5 else ""  # of three, it is from worst to best
+        title = title.replace("ALE-", "ALE/").replace("-textbook", ", textbook form")
         steps = max(int(row["step"]) for row in read_csv(RESULTS / f"{name}.csv")[1])
         seconds = float(re.search(r"median ([\d.]+) s", head["wall time"])[1])
         time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
         lines.append(
-            f"| {title.replace('ALE-', 'ALE/').replace('-textbook', ', textbook form')} | {script}.py | **{values.mean():.1f}** | {low:.1f} to {high:.1f} "
-            f"| {values.min():.1f} to {values.max():.1f} | {len(values)} | {round(steps, -3) // 1000:,}k | {time} | {PUBLISHED.get(name, '')} |"
+            f"| {title} | {script}.py | **{values.mean():.1f}** | {band} | {values.min():.1f} to {values.max():.1f} "
+            f"| {len(values)} | {round(steps, -3) // 1000:,}k | {time} | {PUBLISHED.get(name, '')} |"
         )
     return "\n".join(lines)
 
@@ -176,10 +179,10 @@ def times_the_tutorial() -> str:
 def speed_page() -> str:
     """All measurements of speed, one table for each group."""
     parts = [
-        "# Speed\n\nEnvironment steps per second of whole trainings, measured by [speed.py](../speed.py), which says how, and "
-        "with which settings. Times the first row: median over the rounds. Memory: peak of the whole process. The floor is "
-        "the speed that is left if only the emulator and the networks' matrix products, at the machine's best rate, take "
-        "time. CleanRL's DQN has one environment, Stable-Baselines3's has ten; all others have as many as ours."
+        "# Speed\n\nEnvironment steps per second of whole trainings, measured by [speed.py](../speed.py), which says how, "
+        "and with which settings. Times the first row: median over the rounds of the ratio in each round. Memory: peak of "
+        "the whole process. The floor is the speed that is left if only the emulator and the networks' matrix products, at "
+        "the machine's best rate, take time. CleanRL's DQN has one environment, Stable-Baselines3's has ten; all others have as many as ours."
     ]
     for group in sorted(path.stem for path in (RESULTS / "speed").glob("*.csv")):
         head, programs = speeds(group)
@@ -214,7 +217,8 @@ def draw(file: str, panels: dict) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    rows, columns = -(-len(panels) // 2), min(len(panels), 2)
+    columns = 3 if len(panels) == 3 else min(len(panels), 2)
+    rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows), layout="constrained", squeeze=False)
     for axis, (title, (level, text, side, edge, limits)) in zip(axes.flat, panels.items()):
         ends = []
