@@ -730,10 +730,6 @@ def test_hidden_size_is_the_width_of_both_layers():
     assert shapes == [(8, 4), (8,), (8, 8), (8,), (2, 8), (2,)]
 
 
-def test_auto_is_the_cpu():
-    assert script.pick_device("auto") == script.pick_device("cpu") == torch.device("cpu")
-
-
 def test_an_environment_without_a_time_limit_gets_one(monkeypatch):
     gym.register("Endless-v1", entry_point=Diary, kwargs={"lengths": (10**9, 10**9)}, disable_env_checker=True)
     monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 30)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FROM_PIXELS = ["dqn_atari", "ppo_atari"]
 
@@ -63,6 +64,15 @@ def test_a_run_that_goes_on_is_the_run_that_was_started(script, capsys):
         script.refuse_changes(dataclasses.replace(saved, total_timesteps=saved.total_timesteps - 1), saved)
 
 
+@pytest.mark.parametrize("name, most", [("ppo_cartpole", 2), ("ppo_continuous", 2), ("ppo_atari", 1)])
+def test_no_minibatch_has_a_single_step(name, most):
+    """Its deviation would be NaN. Of 5 steps, two minibatches have 2 and 3; on Atari, up to half of them are resets."""
+    Args = importlib.import_module(name).Args
+    Args(num_envs=1, num_steps=5, num_minibatches=most)
+    with pytest.raises(ValueError, match="--num-minibatches"):
+        Args(num_envs=1, num_steps=5, num_minibatches=most + 1)
+
+
 class FirstCheckpoint(Exception):
     pass
 
@@ -98,6 +108,66 @@ def test_the_target_network_starts_as_a_copy(monkeypatch, tmp_path, name):
     assert all(torch.equal(weights[name], weights[name.replace("q_network", "target_network")]) for name in ours)
 
 
+# ---- What a user sees of the training -------------------------------------------------------------------------------
+
+# A training that logs several times, and as many again when it is resumed.
+SMALL = {
+    "reinforce_cartpole": {"total_timesteps": 600},
+    "dqn_cartpole": {"total_timesteps": 300, "learning_starts": 64},
+    "dqn_atari": {
+        "total_timesteps": 300, "learning_starts": 64, "buffer_size": 200, "batch_size": 4, "train_frequency": 20,
+        "eval_episodes": 1,
+    },
+    "ppo_cartpole": {"total_timesteps": 256, "num_steps": 16, "num_envs": 2, "num_minibatches": 2},
+    "ppo_continuous": {"total_timesteps": 800, "num_steps": 50, "num_envs": 4, "num_minibatches": 2},
+    "ppo_atari": {"total_timesteps": 240, "num_steps": 8, "num_envs": 5, "num_minibatches": 2, "eval_episodes": 1},
+}  # fmt: skip
+
+
+class Bar:
+    """Notes what tqdm is told."""
+
+    def __init__(self, step, total):
+        self.n, self.told = step, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, steps):
+        self.n += steps
+
+    def set_postfix_str(self, text, refresh):
+        self.told.append(text)
+
+
+def test_speed_is_of_this_process_and_the_bar_has_the_last_returns(script, monkeypatch, tmp_path):
+    """The clock goes on by a second with each look at it: one at the start, one at each point of the log."""
+    env_id = "Film-v0" if script.SCRIPT in FROM_PIXELS else script.Args.env_id
+    settings = SMALL[script.SCRIPT] | {"env_id": env_id, "runs_dir": str(tmp_path), "checkpoint_frequency": 0}
+    if hasattr(script, "LOG_FREQUENCY"):
+        monkeypatch.setattr(script, "LOG_FREQUENCY", 50)
+    run_dir = script.train(script.Args(**settings | ({"num_threads": 1} if script.SCRIPT in FROM_PIXELS else {})))
+    saved = script.load_checkpoint(run_dir)
+    total, clock = 2 * saved["global_step"], iter(range(1000))
+    bar = Bar(saved["global_step"], total)
+    monkeypatch.setattr(script, "progress_bar", lambda *_: bar)
+    monkeypatch.setattr(script.time, "perf_counter", lambda: next(clock))
+    script.train(dataclasses.replace(saved["args"], total_timesteps=total, resume=str(run_dir)))
+    monkeypatch.undo()
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    speeds = [event for event in events.Scalars("charts/SPS") if event.step > saved["global_step"]]
+    assert len(speeds) >= 3
+    expected = [(event.step - saved["global_step"]) / looks for looks, event in enumerate(speeds, 1)]
+    assert [event.value for event in speeds] == pytest.approx(expected)
+    returns = [event for event in events.Scalars("charts/episodic_return") if event.step > saved["global_step"]]
+    last = [event.value for event in returns if event.step <= speeds[-1].step]
+    last = last[-1:] if script.SCRIPT == "reinforce_cartpole" else last[-20:]
+    assert bar.told[-1] == f"return {np.mean(last):.1f}" and bar.n == total
+
+
 # ---- Networks, against their layers written out ---------------------------------------------------------------------
 
 
@@ -120,6 +190,13 @@ def test_networks_for_flat_observations():
 
     torch.manual_seed(0)
     obs = 3 * torch.randn(50, 4)  # far enough from 0 for every unit to be bent
+    widths = {
+        reinforce_cartpole.Policy(4, 3).layers: [(128, 4), (3, 128)],
+        **{script.Agent(4, 3, False).actor: [(64, 4), (64, 64), (3, 64)] for script in (ppo_cartpole, ppo_continuous)},
+        **{script.Agent(4, 3, False).critic: [(64, 4), (64, 64), (1, 64)] for script in (ppo_cartpole, ppo_continuous)},
+    }
+    for layers, expected in widths.items():
+        assert [tuple(layer.weight.shape) for layer in layers[::2]] == expected
     policy = reinforce_cartpole.Policy(4, 3)
     torch.nn.init.normal_(policy.layers[-1].weight)  # it starts at 0
     torch.testing.assert_close(policy(obs), dense(policy.layers, obs, lambda x: x.clamp(min=0)))
@@ -152,7 +229,7 @@ def test_networks_for_pixels(from_pixels):
         torch.testing.assert_close(output.double().view(expected.shape), expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- From pixels: environments, device ------------------------------------------------------------------------------
+# ---- Environments, device -------------------------------------------------------------------------------------------
 
 
 class Spaces(gym.Env):
@@ -185,6 +262,24 @@ def test_spaces_that_do_not_fit_are_refused(from_pixels, capsys, which):
     with pytest.raises(SystemExit) as refused:
         from_pixels.make_envs(args, 2)
     assert refused.value.code == 2 and "needs a game such as ALE/Breakout-v5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["reinforce_cartpole", "dqn_cartpole", "ppo_cartpole", "ppo_continuous"])
+def test_spaces_that_are_not_flat_are_refused(capsys, name):
+    script = importlib.import_module(name)
+    line, square = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (2, 2))
+    actions = line if name == "ppo_continuous" else gym.spaces.Discrete(2)
+    cases = [(line, actions, True), (square, actions, False), (gym.spaces.Dict({"x": line}), actions, False)]
+    cases += [(line, square, False)]
+    for obs, actions, fits in cases:
+        gym.registry.pop("NotFlat-v0", None)
+        gym.register("NotFlat-v0", entry_point=Spaces, kwargs={"obs": obs, "actions": actions})
+        if fits:
+            assert script.make_envs(script.Args(env_id="NotFlat-v0"))
+            continue
+        with pytest.raises(SystemExit) as refused:
+            script.make_envs(script.Args(env_id="NotFlat-v0"))
+        assert refused.value.code == 2 and "needs a flat Box" in capsys.readouterr().err
 
 
 def test_what_only_the_emulator_can_do_is_refused_elsewhere(from_pixels, capsys):
@@ -223,15 +318,30 @@ def test_networks_are_compiled_if_asked(from_pixels, monkeypatch, compile):
     assert compiled == [network] * compile
 
 
+@pytest.mark.parametrize("available", [(), ("cuda",), ("cuda", "mps"), ("mps",)])
+def test_the_device_is_the_one_asked_for(script, monkeypatch, capsys, available):
+    """auto: for networks as large as those for pixels, cuda if there is one; else the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in available)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in available)
+    large = script.SCRIPT in FROM_PIXELS
+    for device in ("auto", "cpu", "cuda", "mps"):
+        argument = script.Args(device=device) if large else device
+        if device not in ("auto", "cpu", *available):
+            with pytest.raises(SystemExit):
+                script.pick_device(argument)
+            assert f"--device {device}" in capsys.readouterr().err
+            continue
+        expected = device if device != "auto" else "cuda" if large and "cuda" in available else "cpu"
+        assert script.pick_device(argument) == torch.device(expected)
+
+
 def test_the_device_comes_with_its_threads(from_pixels, monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    for cuda, expected in ((False, "cpu"), (True, "cuda")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        assert from_pixels.pick_device(from_pixels.Args()) == torch.device(expected)
+    from_pixels.pick_device(from_pixels.Args(device="cpu"))
     assert threads == [] and torch.backends.cudnn.deterministic
-    assert from_pixels.pick_device(from_pixels.Args(device="cpu", num_threads=3)) == torch.device("cpu")
+    from_pixels.pick_device(from_pixels.Args(device="cpu", num_threads=3))
     assert threads == [3]
 
 
@@ -251,6 +361,41 @@ class Film(gym.Env):
 
 
 gym.register("Film-v0", entry_point=Film)
+
+
+def uniform(script, env_id):
+    """A network that values all actions alike."""
+    network = make(script, env_id=env_id, precision="float32")
+    for head in [network.head] if script.SCRIPT == "dqn_atari" else [network.actor, network.critic]:
+        torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    return network
+
+
+def test_ppo_samples_in_evaluation_and_dqn_plays_the_best_action(from_pixels, monkeypatch, tmp_path):
+    sent, send = [], from_pixels.OwnEnvs.send
+    monkeypatch.setattr(
+        from_pixels.OwnEnvs, "send", lambda envs, actions: sent.extend(actions.tolist()) or send(envs, actions)
+    )
+    settings = {"eval_epsilon": 0.0} if from_pixels.SCRIPT == "dqn_atari" else {}
+    args = from_pixels.Args(env_id="Film-v0", eval_episodes=5, num_threads=1, **settings)
+    from_pixels.evaluate(args, uniform(from_pixels, "Film-v0"), tmp_path)
+    assert len(set(sent)) == 1 if from_pixels.SCRIPT == "dqn_atari" else len(set(sent)) > 50  # of 100 draws from 256
+
+
+def test_what_the_network_sees_is_drawn_if_there_is_no_camera(from_pixels, tmp_path):
+    args = from_pixels.Args(env_id="Film-v0", eval_episodes=1, capture_video=True, num_threads=1)
+    from_pixels.evaluate(args, uniform(from_pixels, "Film-v0"), tmp_path)
+    env, shown = Film(), []
+    (seed,) = from_pixels.env_seeds(1, (from_pixels.EVALUATION,), 1).tolist()
+    for t in range(21):
+        obs = env.reset(seed=seed)[0] if t == 0 else env.step(0)[0]
+        shown.append(obs[-1])
+    with Image.open(tmp_path / "episode.gif") as picture:
+        assert picture.size == (336, 336) and picture.n_frames == 11
+        for k in range(11):
+            picture.seek(k)
+            small = np.asarray(picture.convert("L").resize((84, 84), Image.Resampling.NEAREST))
+            assert np.corrcoef(small.ravel(), shown[2 * k].ravel())[0, 1] > 0.9
 
 
 def test_the_camera_films_the_first_game(from_pixels, monkeypatch, tmp_path):

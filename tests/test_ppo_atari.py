@@ -127,17 +127,31 @@ def test_the_emulator_is_asked_for_the_true_score_and_its_own_actions(monkeypatc
     assert all(keywords["autoreset_mode"] == "NextStep" for keywords in asked)
 
 
-def test_normalised_pixels_start_with_the_first_frames_and_take_in_every_rollout(tmp_path, capsys):
-    """The network's own part is the same as that of dqn_atari.py, and tested there."""
-    weights = {}
-    for norm_obs in (False, True):
-        train(tmp_path / str(norm_obs), capsys, norm_obs=norm_obs)
-        (run_dir,) = (tmp_path / str(norm_obs)).iterdir()
-        weights[norm_obs] = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
-    resets = 240 - len(Scripted.seen)  # about; rows that are no step
-    assert 150 < weights[True]["obs_statistics.count"] <= 244 and resets < 100
-    assert not any("statistics" in key for key in weights[False])
-    assert weights[True]["obs_statistics.mean"][0] > 0 and not weights[True]["obs_statistics.mean"][84:].any()
+def test_normalised_pixels_start_with_the_first_frames_and_take_in_every_rollout(tmp_path, capsys, monkeypatch):
+    """The first frames once, not again after a checkpoint; then all that was learned from."""
+    acts, learned, counts = recorded(monkeypatch, "act"), recorded(monkeypatch, "learn"), []
+    act = script.act
+
+    def acting(agent, obs):
+        counts.append(agent.obs_statistics.count.item())
+        return act(agent, obs)
+
+    monkeypatch.setattr(script, "act", acting)
+    train(tmp_path, capsys, norm_obs=True)
+    (run_dir,) = tmp_path.iterdir()
+    weights = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+    first = acts[0][0][1][:, -1]
+    seen = torch.cat([first] + [batch.obs[:, -1] for (_, _, batch, _), _ in learned]).flatten(1).double()
+    assert counts[0] == 4 and weights["obs_statistics.count"] == len(seen) and len(learned) == 4
+    mean, variance = weights["obs_statistics.mean"].double(), weights["obs_statistics.variance"].double()
+    torch.testing.assert_close(mean, seen.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(variance, seen.var(0, correction=0), rtol=1e-3, atol=1e-3)
+
+
+def test_without_normalisation_there_are_no_statistics(tmp_path, capsys):
+    train(tmp_path, capsys)
+    (run_dir,) = tmp_path.iterdir()
+    assert not any("statistics" in key for key in torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"])
 
 
 def example_batch(size=8):
@@ -276,7 +290,7 @@ def test_what_is_learned_from_is_what_was_played(tmp_path, capsys, monkeypatch, 
 
 
 def test_every_game_is_logged_with_its_true_score(tmp_path, capsys):
-    """Also when two end in one round; not those that a checkpoint cut."""
+    """Also when two end in one round; not those that ended in the last, of which no next game tells."""
     _, scalars = train(tmp_path, capsys, checkpoint_frequency=0)
     returns, lengths = scalars["charts/episodic_return"], scalars["charts/episodic_length"]
     assert [step for step, _ in returns] == [step for step, _ in lengths] and len(returns) > 20
@@ -321,6 +335,13 @@ def test_statistics_stay_as_they_are_from_the_first_step_to_the_last_update(tmp_
         monkeypatch.setattr(script, name, noting)
     train(tmp_path, capsys, norm_obs=True)
     assert [len(set(counts[k : k + 20])) for k in range(0, 80, 20)] == [1] * 4 and len(set(counts[:80])) == 4
+
+
+def test_explained_variance_is_of_the_returns(tmp_path, capsys, monkeypatch):
+    learned = recorded(monkeypatch, "learn")
+    _, scalars = train(tmp_path, capsys)
+    expected = [1 - ((b.returns - b.values).var() / b.returns.var()).item() for (_, _, b, _), _ in learned]
+    assert [value for _, value in scalars["losses/explained_variance"]] == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.slow

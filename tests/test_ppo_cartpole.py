@@ -220,6 +220,22 @@ def test_longer_gradients_are_cut_to_their_limit_and_shorter_ones_are_not():
     torch.testing.assert_close(moves[0.01] / 0.01, moves[1e9] / moves[1e9].norm(), rtol=1e-3, atol=1e-6)
 
 
+def test_updates_share_no_gradient():
+    """What was there before is cleared: the step is the same."""
+    steps = []
+    for left_over in (False, True):
+        torch.manual_seed(0)
+        agent = script.Agent(2, 3, norm_obs=False)
+        noise = torch.randn(2, 8)
+        batch = script.Batch(torch.randn(8, 2), torch.arange(8) % 3, torch.full((8,), -1.1), torch.zeros(8), *noise)
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
+        for weights in agent.parameters():
+            weights.grad = torch.ones_like(weights) if left_over else None
+        script.update(agent, optimizer, batch, script.Args())
+        steps.append(torch.cat([weights.detach().flatten() for weights in agent.parameters()]))
+    assert torch.equal(*steps)
+
+
 def test_update_reports_what_the_minibatch_was_like_before_the_step():
     args = script.Args(clip_coef=0.2, norm_adv=False)
     table, states, batch = example()
@@ -412,11 +428,12 @@ def test_rewards_are_divided_by_the_deviation_of_the_sums_so_far():
 
 
 def test_scaled_rewards_are_clipped():
-    scaled, _ = script.scale_rewards(
-        torch.tensor([[1000.0]] + [[0.0]] * 999), torch.zeros(1000, 1).bool(), torch.zeros(1),
-        script.RunningStatistics(1), 0.0,
-    )  # fmt: skip
-    assert scaled[0].item() == 10
+    for reward, expected in ((1000.0, 10), (-1000.0, -10)):
+        scaled, _ = script.scale_rewards(
+            torch.tensor([[reward]] + [[0.0]] * 999), torch.zeros(1000, 1).bool(), torch.zeros(1),
+            script.RunningStatistics(1), 0.0,
+        )  # fmt: skip
+        assert scaled[0].item() == expected
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -613,6 +630,33 @@ def test_evaluation_plays_each_seed_once_and_tells_the_return_from_the_length(tm
     assert [env.seeds for env in Diary.made] == [seeds[0::3], seeds[1::3], seeds[2::3]]
     rewards = [step[2] for env in Diary.made for step in env.steps]
     assert found == pytest.approx((sum(rewards) / 7, len(rewards) / 7))
+
+
+def test_in_evaluation_every_environment_gets_the_best_action_for_what_it_shows():
+    """Also when others have ended, and wait."""
+    Diary.made.clear()
+    agent = script.Agent(2, 3, norm_obs=False)
+    agent.actor = nn.Linear(2, 3)
+    agent.actor.weight.data = torch.tensor([[1.0, -1], [-1, 1], [0, 0]])
+    agent.actor.bias.data = torch.tensor([0.0, 0.0, 0.1])
+    envs = script.make_envs(script.Args(**FEW | {"num_envs": 5}))
+    episodes = script.play_greedily(envs, agent, [1, 2, 3, 4, 5])
+    assert len(set(map(len, episodes))) > 1
+    steps = [step for env in Diary.made for step in env.steps]
+    best = script.act(agent, torch.tensor([step[0] for step in steps]), greedy=True).tolist()
+    assert [step[1] for step in steps] == best and len(set(best)) > 1
+
+
+def test_the_first_episode_is_drawn_until_its_end_or_the_limit(monkeypatch):
+    agent, drawn = script.Agent(2, 3, norm_obs=False), []
+    envs = [gym.make("PPODiary-v0").unwrapped for _ in range(2)]
+    envs[0].lengths, envs[1].lengths = (3, 3), (6, 6)
+    envs[0].render = lambda: len(drawn)
+    for limit, expected in ((1000, 3), (2, 2)):
+        monkeypatch.setattr(script, "MAX_FRAMES", limit)
+        drawn.clear()
+        script.play_greedily(envs, agent, [1, 2], drawn)
+        assert drawn == list(range(expected))
 
 
 def test_an_environment_without_a_time_limit_gets_one(monkeypatch):

@@ -200,11 +200,12 @@ def test_rollouts_are_what_really_happened(tmp_path, monkeypatch):
 
 
 def test_evaluation_plays_the_means_within_the_bounds(tmp_path):
+    """Each environment those of what it shows itself, also when others have ended, and wait."""
     Diary.made.clear()
-    args = script.Args(env_id="ContinuousDiary-v0", num_envs=1, eval_episodes=3)
+    args = script.Args(env_id="ContinuousDiary-v0", num_envs=4, eval_episodes=7)
     ours = agent(2, 2)
     script.evaluate(args, script.make_envs(args), ours, tmp_path)
-    steps = Diary.made[0].steps
+    steps = [step for env in Diary.made for step in env.steps]
     means = script.act(ours, torch.tensor([step[0] for step in steps]), greedy=True)
     expected = script.to_bounds(means.numpy(), np.array([-2, 0]), np.array([2, 10]))
     np.testing.assert_allclose([step[1] for step in steps], expected, rtol=1e-4)

@@ -298,11 +298,22 @@ def test_the_first_policy_plays_all_actions_alike():
     assert torch.equal(script.Policy(4, 3)(torch.randn(5, 4)), torch.zeros(5, 3))
 
 
-def test_evaluation_tells_the_return_from_the_length(tmp_path, monkeypatch):
+def test_evaluation_tells_the_return_from_the_length(tmp_path, monkeypatch, capsys):
     """Always action 2, in episodes of 1, 2 and 4 steps: the returns are 2, 2 + 12 and 2 + 12 + 22 + 32."""
     monkeypatch.setattr(script, "episode_seeds", lambda *_: [1, 2, 4])
     result = script.evaluate(script.Args(eval_episodes=3), [Scripted(), Scripted()], Uniform(best=2), tmp_path)
     assert result == pytest.approx(((2 + 14 + 68) / 3, 7 / 3))
+    assert f"return 28.0 ± {np.std([2, 14, 68]):.1f} over 3 episodes" in capsys.readouterr().out
+
+
+def test_the_first_episode_is_drawn_until_its_end_or_the_limit(monkeypatch):
+    envs, frames = [Scripted(), Scripted()], []
+    envs[0].render = lambda: envs[0].t
+    for limit, expected in ((1000, [0, 1]), (1, [0])):
+        monkeypatch.setattr(script, "MAX_FRAMES", limit)
+        frames.clear()
+        script.play_episodes(envs, Uniform(), [2, 5], frames=frames)
+        assert frames == expected
 
 
 def test_acting_keeps_no_graph_and_leaves_no_gradient():
@@ -350,6 +361,7 @@ def train(tmp_path, capsys, **settings):
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    scalars["steps"] = [event.step for event in events.Scalars("charts/episodic_return")]
     return torch.cat([weights.flatten() for weights in state["policy"].values()]), scalars
 
 
@@ -378,7 +390,7 @@ def test_the_loop_hands_on_what_was_played(tmp_path, capsys, monkeypatch, normal
     recorded(monkeypatch, "update", updates)
     _, scalars = train(tmp_path, capsys, seed=7, gamma=0.9, normalize_returns=normalize, eval_episodes=10)
     training, evaluation = plays[: len(updates)], plays[len(updates) :]
-    step, returns_logged, lengths_logged = 0, [], []
+    step, returns_logged, lengths_logged, steps = 0, [], [], []
     for number, (play, update) in enumerate(zip(training, updates)):
         episodes = play["result"]
         assert play["arguments"][2] == script.episode_seeds(7, (script.TRAINING, number), 4)
@@ -398,9 +410,10 @@ def test_the_loop_hands_on_what_was_played(tmp_path, capsys, monkeypatch, normal
         expected = np.concatenate(expected)
         np.testing.assert_allclose(returns, expected / (expected.std() if normalize else 1), rtol=1e-4, atol=1e-4)
         step += len(actions)
+        steps.append(step)
         returns_logged.append(np.mean([sum(episode.rewards) for episode in episodes]))
         lengths_logged.append(np.mean([len(episode.rewards) for episode in episodes]))
-    assert step >= 1500
+    assert step >= 1500 and scalars["steps"] == steps
     assert scalars["charts/episodic_return"] == pytest.approx(returns_logged)
     assert scalars["charts/episodic_length"] == pytest.approx(lengths_logged)
     assert all(play["keywords"]["greedy"] for play in evaluation)
@@ -423,16 +436,31 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
     assert torch.equal(weights, reference)
 
 
+@pytest.mark.parametrize("frequency", [0, 400])
+def test_checkpoints_are_written_when_they_are_due(tmp_path, capsys, monkeypatch, frequency):
+    """At the start, after the update that passes a multiple of the frequency, and at the end."""
+    saved, save = [], script.save_checkpoint
+
+    def saving(*arguments, **counters):
+        saved.append(counters["global_step"])
+        save(*arguments, **counters)
+
+    monkeypatch.setattr(script, "save_checkpoint", saving)
+    _, scalars = train(tmp_path, capsys, checkpoint_frequency=frequency)
+    before, expected = 0, [0]
+    for step in scalars["steps"]:
+        if step >= 1500 or (frequency and step // frequency > before // frequency):
+            expected.append(step)
+        before = step
+    assert saved == expected
+
+
 def test_learning_rate_falls_in_a_line_or_stays(tmp_path, capsys):
     _, scalars = train(tmp_path, capsys, learning_rate=0.02)
     rates = scalars["charts/learning_rate"]
     assert rates[0] == pytest.approx(0.02) and 0 < rates[-1] < rates[-2] < 0.02
     _, scalars = train(tmp_path, capsys, learning_rate=0.02, anneal_lr=False)
     assert scalars["charts/learning_rate"] == pytest.approx([0.02] * len(scalars["charts/learning_rate"]))
-
-
-def test_auto_is_the_cpu():
-    assert script.pick_device("auto") == script.pick_device("cpu") == torch.device("cpu")
 
 
 def test_an_environment_without_a_time_limit_gets_one(monkeypatch):
