@@ -124,6 +124,23 @@ SMALL = {
 }  # fmt: skip
 
 
+class Pays(gym.Env):
+    """Episodes of 10 steps, each of which pays 3."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (2,), np.float32), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.ones(2, np.float32), 3.0, self.t == 10, False, {}
+
+
+gym.register("PaysThree-v0", entry_point=Pays)
+
+
 class Bar:
     """Notes what tqdm is told."""
 
@@ -145,7 +162,8 @@ class Bar:
 
 def test_speed_is_of_this_process_and_the_bar_has_the_last_returns(script, monkeypatch, tmp_path):
     """The clock goes on by a second with each look at it: one at the start, one at each point of the log."""
-    env_id = "Film-v0" if script.SCRIPT in FROM_PIXELS else script.Args.env_id
+    env_id = "Film-v0" if script.SCRIPT in FROM_PIXELS else "PaysThree-v0"
+    env_id = "Pendulum-v1" if script.SCRIPT == "ppo_continuous" else env_id
     settings = SMALL[script.SCRIPT] | {"env_id": env_id, "runs_dir": str(tmp_path), "checkpoint_frequency": 0}
     if hasattr(script, "LOG_FREQUENCY"):
         monkeypatch.setattr(script, "LOG_FREQUENCY", 50)
@@ -346,7 +364,7 @@ def test_the_device_comes_with_its_threads(from_pixels, monkeypatch):
 
 
 class Film(gym.Env):
-    """Games of 20 steps, each of which shows frames of its own."""
+    """Games of 20 steps, each of which shows frames of its own and pays 3."""
 
     observation_space, action_space = FRAMES, gym.spaces.Discrete(200)
 
@@ -357,7 +375,7 @@ class Film(gym.Env):
 
     def step(self, action):
         self.t += 1
-        return self.np_random.integers(0, 256, (4, 84, 84), dtype=np.uint8), 1.0, self.t == 20, False, {}
+        return self.np_random.integers(0, 256, (4, 84, 84), dtype=np.uint8), 3.0, self.t == 20, False, {}
 
 
 gym.register("Film-v0", entry_point=Film)
@@ -419,7 +437,7 @@ def test_the_camera_films_the_first_game(from_pixels, monkeypatch, tmp_path):
     settings = {"eval_epsilon": 0.5} if from_pixels.SCRIPT == "dqn_atari" else {}
     args = from_pixels.Args(env_id="Film-v0", eval_episodes=3, capture_video=True, num_threads=1, **settings)
     network = make(from_pixels, env_id="Film-v0", precision="float32")
-    assert from_pixels.evaluate(args, network, tmp_path) == (20.0, 20.0)
+    assert from_pixels.evaluate(args, network, tmp_path) == (60.0, 20.0)
     assert seeds == [from_pixels.env_seeds(1, (from_pixels.EVALUATION,), 3)[:1].tolist()]
     assert filmed == [actions[:1] for actions in sent[:20]] and len({tuple(actions) for actions in sent}) > 1
     with Image.open(tmp_path / "episode.gif") as picture:

@@ -50,8 +50,8 @@ PICTURES = {
     },
     "mujoco.png": {
         "HalfCheetah-v5": (1443, "CleanRL's PPO, 1M steps: 1443", "right", "top", (-700, 6000)),
-        "Hopper-v5": (2383, "CleanRL's PPO, 1M steps: 2383", "right", "top", (0, 3600)),
-        "Walker2d-v5": (2288, "CleanRL's PPO, 1M steps: 2288", "right", "top", (0, 5400)),
+        "Hopper-v5": (2383, "CleanRL's PPO, 1M steps: 2383", "left", "bottom", (0, 3600)),
+        "Walker2d-v5": (2288, "CleanRL's PPO, 1M steps: 2288", "left", "bottom", (0, 5400)),
     },
     "atari.png": {
         "ALE-Pong-v5": (20.4, "CleanRL's PPO, 10M steps: 20.4", "left", "bottom", (-22, 24)),
@@ -235,7 +235,7 @@ def draw(file: str, panels: dict) -> None:
         place = (0.01 if side == "left" else 0.99, level), (0, 2 if edge == "bottom" else -3)
         axis.annotate(text, place[0], place[1], ("axes fraction", "data"), "offset points", ha=side, va=edge, fontsize=8)
         axis.set(title=title.replace("ALE-", ""), xlim=(0, max(ends)), ylim=limits)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k" if x else "0")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1000:.0f}k" if x else "0")
         axis.legend(loc="lower right", fontsize=9, frameon=False)
     figure.supxlabel("environment steps", fontsize=11)
     figure.supylabel("training return", fontsize=11)
