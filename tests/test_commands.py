@@ -213,12 +213,12 @@ def test_checkpoint_holds_the_arguments(script, tiny, reference):
 def test_the_picture_opens_and_moves(script, reference):
     with Image.open(reference.run_dir / "episode.gif") as picture:
         assert picture.n_frames > 5 and min(picture.size) > 50
-        frames = set()
+        frames, durations = set(), set()
         for i in range(picture.n_frames):
             picture.seek(i)
             frames.add(picture.convert("RGB").tobytes())
-            assert picture.info["duration"] == MILLISECONDS[script.stem]
-        assert len(frames) > 5
+            durations.add(picture.info["duration"])  # several times as long where several frames are the same
+        assert len(frames) > 5 and min(durations) == MILLISECONDS[script.stem]
     (image,) = events(reference.run_dir).Images("eval/episode")
     assert image.encoded_image_string == (reference.run_dir / "episode.gif").read_bytes()
 

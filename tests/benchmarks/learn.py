@@ -122,7 +122,7 @@ def main() -> None:
         "command": " ".join(["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed SEED"]),
         "seeds": f"{ours.seeds[0]}-{ours.seeds[-1]}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {os.cpu_count()} cores, {ours.jobs} runs at a time",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {ours.jobs} run{'s' if ours.jobs > 1 else ''} at a time",
         "versions": f"Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in ("torch", "gymnasium", "numpy")),
         "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, from start-up to evaluation",
