@@ -70,8 +70,8 @@ SCRIPT = "dqn_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations for the statistics, just before each update of the target network, which moves y anyway
-MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
+SAMPLE = 1_000  # observations drawn for the statistics before each update of the target network, when y changes anyway
+MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -83,7 +83,7 @@ class Args:
 
     learning_rate: float = 1e-4  # step size of Adam
     adam_epsilon: float = 1.5e-4  # is added to the denominator of Adam's step
-    anneal_lr: bool = False  # lower the learning rate linearly towards 0 at the end of the run
+    anneal_lr: bool = False  # lower the learning rate linearly, to 0 at the end of the run
     num_envs: int = 8  # environments that are stepped side by side (N)
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
@@ -103,11 +103,11 @@ class Args:
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of hidden layers; auto: bfloat16 on CPUs made for it
     compile: bool = False  # compile the networks; for a GPU
-    num_threads: int = 0  # CPU threads of PyTorch; 0: as many as there are cores
+    num_threads: int = 0  # CPU threads of PyTorch; 0: its own choice, usually one per core
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu; from pixels, cuda if there is one
     checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -313,7 +313,7 @@ def linear_epsilon(step: int, start: float, end: float, duration: float) -> floa
 @torch.no_grad()
 def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
     """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
-    q_values = q_network(obs).cpu()  # whose random numbers go on from a checkpoint
+    q_values = q_network(obs).cpu()  # to the CPU, whose random numbers a checkpoint saves
     if not math.isfinite(q_values.sum()):
         raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
     random_actions = torch.randint(q_values.shape[1], (len(q_values),))
@@ -382,7 +382,7 @@ class ReplayBuffer:
 
     Row t is the step from t to t+1: the newest frame of observation t, the action, and what came of it. The three older
     frames of observation t are in the rows before, the newest one of observation t+1 is in the row after. So a row can
-    be drawn when the next one is written, and until the third row before it is overwritten. `ages` says how many steps
+    be drawn once the next one is written, and until the third row before it is overwritten. `ages` says how many steps
     of its game came before a row (4: or more); frames from before the game are 0 in what is drawn. `valid` is False
     where a row holds only the last observation of a game, or of a game that was cut: nothing came of it.
 
@@ -461,7 +461,7 @@ class ReplayBuffer:
         return {"rows_written": self.rows_written} | columns
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes back to that checkpoint."""
+        """Puts back what `state_dict` gave, and the frames that have been overwritten since."""
         self.rows_written = state["rows_written"]
         for name in self.COLUMNS:
             getattr(self, name)[: self.rows_written] = state[name]
@@ -484,7 +484,7 @@ def refuse_too_large(args: Args) -> None:
     """A buffer that does not fit is refused at once, not when it fills up, hours later."""
     size, later = args.buffer_size, max(0, args.total_timesteps - args.buffer_size)
     overwritten = min(args.checkpoint_frequency or later, later, size)  # what the second file may have to hold
-    runs_dir = Path(args.runs_dir).resolve()
+    runs_dir = Path(args.resume or args.runs_dir).resolve()  # where the run's folder is, or will be
     folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     room = [(f"disk in {folder}", (size if args.resume is None else 0) + overwritten, shutil.disk_usage(folder).free)]
     if Path("/proc/meminfo").exists():  # Linux
@@ -543,7 +543,7 @@ def train(args: Args) -> Path:
                 envs.send(actions.numpy())
                 global_step += num_envs
 
-                # Learn, while the emulators step: what is due at the number of each of these N steps, to global_step.
+                # Learn, while the emulators step: all that is due at these N steps, global_step - N + 1 to global_step.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(newest_frames(buffer.sample(SAMPLE).obs).to(device))
@@ -553,8 +553,8 @@ def train(args: Args) -> Path:
                     if step % args.target_network_frequency == 0:
                         update_target(target_network, q_network, args.tau)
 
-                # Store. A frame number that falls tells of a new game: this action was ignored, it is no transition.
-                # The game before is logged now, at environment i's number of the round, unless a checkpoint came first.
+                # Store. A smaller frame number means a new game: this action was ignored and is no transition. The game
+                # that ended is logged now, at environment i's step of this round, unless a checkpoint came between.
                 next_obs, rewards, terminated, _, info = envs.recv()
                 new_game = info["episode_frame_number"] < frame_numbers
                 buffer.add(obs, lengths, actions.numpy(), rewards, terminated, ~new_game)

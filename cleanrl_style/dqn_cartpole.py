@@ -65,8 +65,8 @@ from tqdm import tqdm
 SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations for the statistics, just before each update of the target network, which moves y anyway
-MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
+SAMPLE = 1_000  # observations drawn for the statistics before each update of the target network, when y changes anyway
+MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -77,7 +77,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps to train for, at least
 
     learning_rate: float = 2.5e-3  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
+    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end of the run
     num_envs: int = 4  # environments that are stepped side by side (N)
     buffer_size: int = 100_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
@@ -89,14 +89,14 @@ class Args:
     exploration_fraction: float = 0.2  # share of total-timesteps that the decay takes
     learning_starts: int = 1_000  # environment steps before the first gradient step
     train_frequency: int = 2  # environment steps between gradient steps
-    gradient_steps: int = 1  # gradient steps each time; many, if train-frequency is high: the policy changes in bursts
+    gradient_steps: int = 1  # how many at a time; many, at a high train-frequency, change the policy in bursts
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
     norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
     hidden_size: int = 64  # units in each of the network's two hidden layers
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu; from pixels, cuda if there is one
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -172,8 +172,7 @@ TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the chec
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. There are 2**32
-    seeds, so two streams rarely have one in common.
+    So a resumed run plays the same episodes as one that never stopped. Of 2**32 seeds, two streams rarely share one.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -235,7 +234,7 @@ def linear_epsilon(step: int, start: float, end: float, duration: float) -> floa
 @torch.no_grad()
 def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
     """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
-    q_values = q_network(obs).cpu()  # whose random numbers go on from a checkpoint
+    q_values = q_network(obs).cpu()  # to the CPU, whose random numbers a checkpoint saves
     if not math.isfinite(q_values.sum()):
         raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
     random_actions = torch.randint(q_values.shape[1], (len(q_values),))
@@ -391,7 +390,7 @@ def train(args: Args) -> Path:
                         recent.append(returns[i])
                         obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
 
-                # Learn: what is due at the number of each of these N steps, the last of which is global_step.
+                # Learn: all that is due at these N steps, global_step - N + 1 to global_step.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(buffer.sample(SAMPLE).obs.to(device))

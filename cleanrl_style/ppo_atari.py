@@ -8,13 +8,13 @@ r"""Proximal policy optimisation (PPO) from pixels, for Atari games.
 
 Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
-         equation 16. Comments such as [D3] name what makes it work: the core details D1 to D13 and, for Atari, A1 to A9
+         equation 16. Comments such as [D3] name what makes it work: the core details D1 to D12 and, for Atari, A1 to A9
          of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
 Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, then
          go over these steps several times, and make the better actions more probable and the worse ones less. The steps
-         were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards a
-         change of pi(a|s) once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is V(s), a
-         prediction of the discounted sum of rewards from s on, which is learned as well.
+         were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards
+         moving pi(a|s) further once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is
+         V(s), a prediction of the discounted sum of rewards from s on, which is learned as well.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
              A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: all deltas from t on, discounted
@@ -27,8 +27,8 @@ Differs  Where only a time limit ends an episode, V stands for what would have f
          cannot be saved, so each checkpoint begins new games, and those being played are never scored. For the learner
          only, a reward becomes its sign and the loss of a life ends an episode; what is logged are the true scores of
          whole games. On by default, beyond the equations: A is normalised in each minibatch, the change of V and the
-         gradient are clipped. Off by default: the early stop by the KL divergence, and the normalisation of
-         observations, with which Pong is learned quickly.
+         gradient are clipped, and the learning rate falls to 0 (in the paper, epsilon falls with it). Off by default:
+         the early stop by the KL divergence, and the normalisation of observations, with which Pong is learned quickly.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; A actions. Row t is the step from t to
          t+1. One step is four frames of the game.
 Run      python ppo_atari.py
@@ -68,7 +68,7 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 SCRIPT = "ppo_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
+MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -79,7 +79,7 @@ class Args:
     total_timesteps: int = 10_000_000  # environment steps to train for, at least
 
     learning_rate: float = 2.5e-4  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
+    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end of the run
     num_envs: int = 8  # environments that are stepped side by side (N)
     num_steps: int = 128  # steps in each environment for one rollout (T)
     gamma: float = 0.99  # discount factor
@@ -98,11 +98,11 @@ class Args:
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of hidden layers; auto: bfloat16 on CPUs made for it
     compile: bool = False  # compile the networks; for a GPU
-    num_threads: int = 0  # CPU threads of PyTorch; 0: as many as there are cores
+    num_threads: int = 0  # CPU threads of PyTorch; 0: its own choice, usually one per core
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu; from pixels, cuda if there is one
     checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -257,7 +257,7 @@ class Agent(nn.Module):
             nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
         )  # fmt: skip
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
-        gains = {self.actor: 0.01, self.critic: 1.0}  # the first policy plays nearly all actions alike
+        gains = {self.actor: 0.01, self.critic: 1.0}  # the first policy plays all actions nearly alike
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))  # [D2]
@@ -333,7 +333,7 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
     """-mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A) (2017, equation 7) [D8]: (B,), (B,) -> scalar.
 
     Where the ratio has gone beyond the clip in the direction that A asks for, the gradient is 0. Where it has gone
-    beyond in the wrong direction, it is not, so that mistakes are taken back.
+    beyond in the wrong direction, the gradient remains, so that mistakes are taken back.
     """
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
@@ -499,9 +499,9 @@ def train(args: Args) -> Path:
                 if args.anneal_lr:  # [D4] once a rollout
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
-                # Act: T steps in every environment. A frame number that falls tells of a new game: this action was
-                # ignored. The game before is logged now, at environment i's number of the round, unless a checkpoint
-                # came first.
+                # Act: T steps in every environment. A smaller frame number means a new game: this action was ignored.
+                # The game that ended is logged now, at environment i's step of this round, unless a checkpoint came
+                # between.
                 for t in range(num_steps):
                     actions, log_probs, values = act(agent, torch.from_numpy(obs).to(device))
                     envs.send(actions.numpy())

@@ -12,9 +12,9 @@ Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equa
          C6 to C9 of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
 Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, then
          go over these steps several times, and make the better actions more probable and the worse ones less. The steps
-         were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards a
-         change of pi(a|s) once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is V(s), a
-         prediction of the discounted sum of rewards from s on, which is learned as well.
+         were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards
+         moving pi(a|s) further once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is
+         V(s), a prediction of the discounted sum of rewards from s on, which is learned as well.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
              A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: all deltas from t on, discounted
@@ -25,9 +25,9 @@ Idea     Play T steps in N environments with the policy pi. Estimate how much be
 
 Differs  Where only a time limit ends an episode, V stands for what would have followed. All environments begin new
          episodes at a checkpoint, since Gymnasium cannot save an environment's state. On by default, beyond the
-         equations: A is normalised in each minibatch, and the gradient is clipped. Off by default: the entropy bonus,
-         the clip of the change of V, the early stop by the KL divergence, and the normalisations of observations and of
-         rewards; MountainCar needs both normalisations.
+         equations: A is normalised in each minibatch, the gradient is clipped, and the learning rate falls to 0. Off by
+         default: the entropy bonus, the clip of the change of V, the early stop by the KL divergence, and the
+         normalisations of observations and of rewards; MountainCar needs both normalisations.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; A actions.
          Row t is the step from t to t+1.
 Run      python ppo_cartpole.py
@@ -35,7 +35,7 @@ Run      python ppo_cartpole.py
              --num-minibatches 8 --update-epochs 10 --gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward
          The same with --env-id Acrobot-v1
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
-         one core of an AMD EPYC, the other of which had a run, too, start-up and evaluation included:
+         one core of an AMD EPYC whose other core had a run, too, start-up and evaluation included:
              CartPole-v1     500.0 (500.0 to 500.0)    100k steps   22 s
              MountainCar-v0  -106.3 (-109.6 to -103.2) 300k steps   27 s
              Acrobot-v1      -81.1 (-88.3 to -73.4)    300k steps   35 s
@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 SCRIPT = "ppo_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
+MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -74,7 +74,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
+    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end of the run
     num_envs: int = 8  # environments that are stepped side by side (N)
     num_steps: int = 32  # steps in each environment for one rollout (T)
     gamma: float = 0.98  # discount factor
@@ -93,7 +93,7 @@ class Args:
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu; from pixels, cuda if there is one
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -121,7 +121,7 @@ class Args:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if self.num_steps * self.num_envs < 2 * self.num_minibatches:  # one has no deviation from the mean
-            raise ValueError("--num-minibatches must leave at least 2 of the --num-envs times --num-steps for each")
+            raise ValueError("--num-minibatches must leave at least 2 of --num-envs times --num-steps steps for each")
         if self.resume is not None and self.evaluate is not None:
             raise ValueError("--resume and --evaluate exclude each other")
 
@@ -164,8 +164,7 @@ TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the chec
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. There are 2**32
-    seeds, so two streams rarely have one in common.
+    So a resumed run plays the same episodes as one that never stopped. Of 2**32 seeds, two streams rarely share one.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -204,7 +203,7 @@ class Agent(nn.Module):
     def __init__(self, obs_size: int, num_actions: int, norm_obs: bool) -> None:
         super().__init__()
         self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
-        self.actor = nn.Sequential(  # the first policy plays nearly all actions alike
+        self.actor = nn.Sequential(  # the first policy plays all actions nearly alike
             layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, num_actions, gain=0.01)
         )
         self.critic = nn.Sequential(layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, gain=1.0))
@@ -283,7 +282,7 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
     """-mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A) (2017, equation 7) [D8]: (B,), (B,) -> scalar.
 
     Where the ratio has gone beyond the clip in the direction that A asks for, the gradient is 0. Where it has gone
-    beyond in the wrong direction, it is not, so that mistakes are taken back.
+    beyond in the wrong direction, the gradient remains, so that mistakes are taken back.
     """
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
@@ -436,7 +435,7 @@ def train(args: Args) -> Path:
                             recent.append(returns[i])
                             obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
 
-                # Learn. Some environments give rewards as arrays of one number, hence view_as.
+                # Learn. NumPy before 2.4 lets rewards be arrays of one number, hence view_as.
                 rows, actions, next_rows, rewards, terminated, truncated = (
                     torch.from_numpy(np.array(part, dtype=np.float32)).to(device) for part in zip(*rollout)
                 )

@@ -15,11 +15,11 @@ Idea     Play whole episodes with the current policy pi(a|s), the probability of
              G_t    = r_t + gamma * G_{t+1}                           the return from step t on (3.9)
              grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient, for gamma = 1 (13.5, 13.10)
 
-Differs  Adam takes one step for several episodes together. The baseline b_t is their mean return from the same step t
-         on, and the differences are scaled to standard deviation 1. With gamma < 1, later rewards, which are mostly
-         noise to a_t, count less; the factor gamma^t that would make the gradient exact again is left out, as nearly
-         everybody does. A time limit counts as an end, since nothing here estimates what would have followed: the agent
-         learns to do well within the limit.
+Differs  Adam takes one step for several episodes together, with a learning rate that falls to 0. The baseline b_t is
+         their mean return from the same step t on, and the differences are scaled to standard deviation 1. With
+         gamma < 1, later rewards, which are mostly noise to a_t, count less; the factor gamma^t that would make the
+         gradient exact again is left out, as in nearly all programs. A time limit counts as an end, since nothing here
+         estimates what would have followed: the agent learns to do well within the limit.
 Shapes   N episodes of an update; T steps of an episode; B steps of all N episodes together; O numbers of an
          observation; A actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
 Run      python reinforce_cartpole.py
@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 SCRIPT = "reinforce_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # so many, at most, are kept for the animated picture, which shows every second one
+MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
 
@@ -66,14 +66,14 @@ class Args:
     total_timesteps: int = 100_000  # environment steps to train for, at least
 
     learning_rate: float = 1e-2  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly towards 0 at the end of the run
+    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end of the run
     gamma: float = 0.99  # discount factor
     episodes_per_update: int = 8  # whole episodes in one gradient step (N)
     normalize_returns: bool = True  # learn from (G_t - b_t) / standard deviation in place of G_t
 
     exp_name: str = SCRIPT  # part of the run folder's name
     runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks, else cuda if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu; from pixels, cuda if there is one
     checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
@@ -201,8 +201,7 @@ TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, update) for the upda
 def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
     """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
 
-    So a resumed run plays the same episodes as one that never stopped. There are 2**32
-    seeds, so two streams rarely have one in common.
+    So a resumed run plays the same episodes as one that never stopped. Of 2**32 seeds, two streams rarely share one.
     """
     return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
 
@@ -230,7 +229,7 @@ def normalize_returns(returns: list[Tensor]) -> Tensor:
     lengths = torch.tensor([len(episode) for episode in returns])
     padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
     reached = torch.arange(padded.shape[1]) < lengths[:, None]  # (N, longest T), False after an episode's end
-    # Counted from the longest episode's, returns that are all equal are exactly 0; no difference between them changes.
+    # Relative to the longest episode's, so that equal returns are exactly 0; the differences between episodes stay.
     padded = (padded - padded[lengths.argmax()]) * reached
     baseline = padded.sum(0) / reached.sum(0)  # (longest T,)
     differences = (padded - baseline)[reached]  # (B,), episode after episode
@@ -314,7 +313,7 @@ def train(args: Args) -> Path:
                 global_step += len(actions)
                 episodic_return = float(np.mean([sum(episode.rewards) for episode in episodes]))
                 scalars = {
-                    "charts/episodic_return": episodic_return,  # mean over the N episodes
+                    "charts/episodic_return": episodic_return,
                     "charts/episodic_length": len(actions) / len(episodes),
                     "charts/learning_rate": optimizer.param_groups[0]["lr"],
                     "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),

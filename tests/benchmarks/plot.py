@@ -182,7 +182,8 @@ def speed_page() -> str:
         "# Speed\n\nEnvironment steps per second of whole trainings, measured by [speed.py](../speed.py), which says how, "
         "and with which settings. Times the first row: median over the rounds of the ratio in each round. Memory: peak of "
         "the whole process. The floor is the speed that is left if only the emulator and the networks' matrix products, at "
-        "the machine's best rate, take time. CleanRL's DQN has one environment, Stable-Baselines3's has ten; all others have as many as ours."
+        "the machine's best rate, take time. On CartPole, CleanRL's DQN has one environment, Stable-Baselines3's and ours "
+        "have ten; on Breakout, theirs have one, ours eight. All others have the same number."
     ]
     for group in sorted(path.stem for path in (RESULTS / "speed").glob("*.csv")):
         head, programs = speeds(group)
