@@ -37,7 +37,7 @@ def test_reinforce_solves_acrobot_with_the_flags_of_its_docstring(reinforce):
 @pytest.mark.slow
 def test_reinforce_in_the_textbooks_form_learns(reinforce):
     """Nobody claims that it solves CartPole in so few steps; a policy that plays at random gets 22."""
-    (flags,) = re.findall(r"Closest to the textbook: (.*)", reinforce.script.read_text())
+    (flags,) = re.findall(r"Textbook form: (.*)", reinforce.script.read_text())
     assert final_return(reinforce.run(*flags.split())) >= 60
 
 

@@ -131,6 +131,9 @@ GROUPS = {
         "Stable-Baselines3's DQN": lambda seed: sb3("dqn_atari", seed, ATARI[1], 1_500),
         "dqn_atari.py, bfloat16": lambda seed: ours("dqn_atari", seed, *OUR_ATARI, "--precision", "bfloat16", first=1_500),
         "dqn_atari.py, float32": lambda seed: ours("dqn_atari", seed, *OUR_ATARI, "--precision", "float32", first=1_500),
+        "dqn_atari.py, one game": lambda seed: ours(
+            "dqn_atari", seed, *OUR_ATARI, "--precision", "bfloat16", "--num-envs", 1, first=1_500
+        ),
         "floor, bfloat16": lambda seed: floor("dqn_atari", 1_200, 1_600, *OUR_ATARI, "--precision", "bfloat16"),
         "floor, float32": lambda seed: floor("dqn_atari", 1_200, 1_600, *OUR_ATARI, "--precision", "float32"),
     },
