@@ -36,11 +36,21 @@ PUBLISHED = {
     "ppo_continuous__Hopper-v5": "CleanRL 2383, Zoo 2410 (1M, older versions)",
     "ppo_continuous__Walker2d-v5": "CleanRL 2288, Zoo 3479 (1M, older versions)",
     "dqn_atari__ALE-Pong-v5": "CleanRL 20.3 (10M)",
+    "dqn_atari__ALE-Breakout-v5": "Dopamine 18.9 with Adam, 6.7 with RMSProp (1M, sticky actions)",
     "ppo_atari__ALE-Pong-v5": "CleanRL 20.4 (10M)",
 }
 COLORS = {"reinforce": ("REINFORCE", "tab:green"), "dqn": ("DQN", "tab:orange"), "ppo": ("PPO", "tab:blue")}
 
-# Each picture: its file, and per panel the environment, a line with a label, where that stands, and the y axis.
+# Mean training return of Dopamine's DQN on Breakout, with sticky actions, over 5 seeds, in each 250k steps, of which the
+# middle is given here: github.com/google/dopamine, commit 5873f54, baselines/atari/data/breakout.json.
+MIDDLES = [125_000, 375_000, 625_000, 875_000]
+DOPAMINE = {
+    "Dopamine's DQN, Adam": list(zip(MIDDLES, [1.79, 6.52, 15.23, 18.86])),
+    "Dopamine's DQN, RMSProp": list(zip(MIDDLES, [1.64, 3.06, 3.94, 6.69])),
+}
+
+# Each picture: its file, and per panel the environment, a line with a label, where that stands, and the y axis. In place
+# of the line, there may be curves by their labels.
 PICTURES = {
     "classic_control.png": {
         "CartPole-v1": (475, "solved: 475", "left", "bottom", (0, 520)),
@@ -55,6 +65,7 @@ PICTURES = {
     },
     "atari.png": {
         "ALE-Pong-v5": (20.4, "CleanRL's PPO, 10M steps: 20.4", "left", "bottom", (-22, 24)),
+        "ALE-Breakout-v5": (DOPAMINE, "", "left", "bottom", (0, 85)),
     },
 }
 
@@ -91,9 +102,11 @@ def interval(values: np.ndarray, samples: int = 2000) -> np.ndarray:
 
 
 def summary(name: str) -> str:
-    """For example '497.1 (491.2 to 499.8)': mean of the evaluations and the range of all seeds."""
+    """For example '497.1 (491.2 to 499.8)': mean of the evaluations and the range of all seeds, if there are several."""
     _, _, evaluations = read(name)
     values = list(evaluations.values())
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
@@ -124,13 +137,13 @@ def results_table() -> str:
         values = np.array(list(evaluations.values()))
         low, high = interval(values)
         band = f"{low:.1f} to {high:.1f}" if len(values) >= 5 else ""  # of three, it is from worst to best
+        extremes = f"{values.min():.1f} to {values.max():.1f}" if len(values) > 1 else ""
         title = title.replace("ALE-", "ALE/").replace("-textbook", ", textbook form")
         steps = max(int(row["step"]) for row in read_csv(RESULTS / f"{name}.csv")[1])
         seconds = float(re.search(r"median ([\d.]+) s", head["wall time"])[1])
         time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
         lines.append(
-            f"| {title} | {script}.py | **{values.mean():.1f}** | {band} | {values.min():.1f} to {values.max():.1f} "
-            f"| {len(values)} | {round(steps, -3) // 1000:,}k | {time} | {PUBLISHED.get(name, '')} |"
+            f"| {title} | {script}.py | **{values.mean():.1f}** | {band} | {extremes} | {len(values)} | {round(steps, -3) // 1000:,}k | {time} | {PUBLISHED.get(name, '')} |"
         )
     return "\n".join(lines)
 
@@ -231,13 +244,18 @@ def draw(file: str, panels: dict) -> None:
                 values = np.array([np.interp(steps, *np.array(points).T) for points in curves.values()])
                 axis.plot(steps, values.T, color=color, linewidth=0.4, alpha=0.3)
                 axis.fill_between(steps, *interval(values), color=color, alpha=0.25, linewidth=0)
-                axis.plot(steps, values.mean(0), color=color, linewidth=2, label=f"{label}, {len(curves)} seeds")
-        axis.axhline(level, color="black", linewidth=0.8, linestyle="--")
+                axis.plot(steps, values.mean(0), color=color, linewidth=2, label=f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")
+        if isinstance(level, dict):
+            for (name, points), style in zip(level.items(), ("--", ":")):
+                axis.plot(*zip(*points), color="black", linewidth=0.8, linestyle=style, label=name)
+            level = 0
+        else:
+            axis.axhline(level, color="black", linewidth=0.8, linestyle="--")
         place = (0.01 if side == "left" else 0.99, level), (0, 2 if edge == "bottom" else -3)
         axis.annotate(text, place[0], place[1], ("axes fraction", "data"), "offset points", ha=side, va=edge, fontsize=8)
         axis.set(title=title.replace("ALE-", ""), xlim=(0, max(ends)), ylim=limits)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1000:.0f}k" if x else "0")
-        axis.legend(loc="lower right", fontsize=9, frameon=False)
+        axis.legend(loc="upper left" if "Breakout" in title else "lower right", fontsize=9, frameon=False)
     figure.supxlabel("environment steps", fontsize=11)
     figure.supylabel("training return", fontsize=11)
     figure.savefig(RESULTS / file, dpi=150)
