@@ -5,10 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "cleanrl_style").glob("*.py"))
@@ -21,12 +21,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes longer than a few seconds; leave out with -m 'not slow'")
 
 
-def next_second() -> None:
-    """To be called before a run is resumed in the same process.
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers the event files of each test from 0, as those of a user's program are.
 
-    TensorBoard reads event files in the order of their names: the second, the process, a number, of which 10 is before 9.
+    TensorBoard reads them in the order of their names: the second, the process, and that number, where 10 is before 9.
     """
-    time.sleep(1.01 - time.time() % 1)
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 class Result:

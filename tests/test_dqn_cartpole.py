@@ -10,7 +10,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import next_second
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -644,7 +643,6 @@ def test_a_run_that_was_stopped_ends_as_if_it_was_not(tmp_path, monkeypatch, sto
         train(folder, **settings)
     monkeypatch.setattr(script, "update", update)
     (run_dir,) = folder.iterdir()
-    next_second()
     script.train(script.Args(**state_of(run_dir)["args"] | {"resume": str(run_dir)}))
     ours, scalars = state_of(run_dir), scalars_of(run_dir)
     assert ours["buffer"]["num_added"] == 2000

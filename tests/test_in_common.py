@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS, next_second
+from conftest import SCRIPTS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -169,7 +169,6 @@ def test_speed_is_of_this_process_and_the_bar_has_the_last_returns(script, monke
         monkeypatch.setattr(script, "LOG_FREQUENCY", 50)
     run_dir = script.train(script.Args(**settings | ({"num_threads": 1} if script.SCRIPT in FROM_PIXELS else {})))
     saved = script.load_checkpoint(run_dir)
-    next_second()
     total, clock = 2 * saved["global_step"], iter(range(1000))
     bar = Bar(saved["global_step"], total)
     monkeypatch.setattr(script, "progress_bar", lambda *_: bar)

@@ -10,7 +10,6 @@ import numpy as np
 import ppo_cartpole as script
 import pytest
 import torch
-from conftest import next_second
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributions import Categorical
@@ -671,7 +670,6 @@ def test_an_environment_without_a_time_limit_gets_one(monkeypatch):
 def test_speed_is_of_this_process_and_explained_variance_of_the_returns(tmp_path, monkeypatch):
     """Resumed at step 300. The clock goes on by a second with each look at it, one after each rollout of 60 steps."""
     train(tmp_path, total_timesteps=300)
-    next_second()
     (run_dir,), clock, learned = tmp_path.iterdir(), iter(range(100)), recorded(monkeypatch, "learn")
     monkeypatch.setattr(script, "time", type("Clock", (), {"perf_counter": lambda: next(clock)}))
     _, scalars = train(tmp_path, resume=str(run_dir))
