@@ -663,7 +663,7 @@ def test_updates_are_adams_with_the_settings_asked_for(tmp_path, capsys, monkeyp
         assert (group["lr"], group["eps"], group["betas"], group["weight_decay"]) == (2e-3, 1e-5, (0.9, 0.999), 0)
 
 
-@pytest.mark.parametrize("num_envs, rows", [(2, 50), (3, 34)])
+@pytest.mark.parametrize("num_envs, rows", [pytest.param(2, 50, marks=pytest.mark.slow), (3, 34)])
 def test_the_buffer_has_the_size_asked_for(tmp_path, capsys, num_envs, rows):
     """100 transitions, rounded up to whole rows. Of the second files, the last checkpoint's is left."""
     train(tmp_path, capsys, num_envs=num_envs, buffer_size=100)
@@ -803,6 +803,7 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
     assert torch.equal(weights, reference)
 
 
+@pytest.mark.slow
 def test_learning_rate_falls_in_a_line_or_stays(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "LOG_FREQUENCY", 100)
     _, scalars = train(tmp_path, capsys, anneal_lr=True, learning_rate=1e-3)
@@ -812,6 +813,7 @@ def test_learning_rate_falls_in_a_line_or_stays(tmp_path, capsys, monkeypatch):
     assert [rate for _, rate in scalars["charts/learning_rate"]] == pytest.approx([1e-3] * 4)
 
 
+@pytest.mark.slow
 def test_a_missing_buffer_cannot_be_resumed_but_the_run_be_evaluated(tmp_path, capsys):
     train(tmp_path, capsys)
     (run_dir,) = tmp_path.iterdir()
@@ -874,6 +876,7 @@ def test_learning_starts_when_a_transition_can_be_drawn(tmp_path):
             script.Args(**settings)
 
 
+@pytest.mark.slow
 def test_a_buffer_of_another_size_is_refused_as_such(tmp_path, capsys):
     train(tmp_path, capsys)
     (run_dir,) = tmp_path.iterdir()

@@ -93,6 +93,7 @@ def first_weights(script, monkeypatch, tmp_path, **settings):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_seed_makes_the_first_network(script, monkeypatch, tmp_path):
     torch.manual_seed(99)  # whatever was drawn before
     first, again, other = (first_weights(script, monkeypatch, tmp_path / str(k), seed=k // 2) for k in (2, 3, 4))
@@ -160,6 +161,7 @@ class Bar:
         self.told.append(text)
 
 
+@pytest.mark.slow
 def test_speed_is_of_this_process_and_the_bar_has_the_last_returns(script, monkeypatch, tmp_path):
     """The clock goes on by a second with each look at it: one at the start, one at each point of the log."""
     env_id = "Film-v0" if script.SCRIPT in FROM_PIXELS else "PaysThree-v0"
