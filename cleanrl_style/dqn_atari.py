@@ -99,6 +99,7 @@ class Args:
     train_frequency: int = 4  # environment steps between gradient steps
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
     loss: Literal["huber", "squared"] = "huber"  # huber: the gradient of large errors is that of an error of 1
+    max_grad_norm: float | None = None  # longer gradients are cut to this length
     norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
     sticky_actions: float = 0.0  # probability that the emulator repeats its last action; Gymnasium's default is 0.25
     eval_epsilon: float = 0.01  # probability of a random action in evaluation, so that no game goes in circles
@@ -134,8 +135,8 @@ class Args:
         for name in ("checkpoint_frequency", "num_threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
-        for name in ("learning_rate", "adam_epsilon"):
-            if not 0 < getattr(self, name) < float("inf"):
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
@@ -362,6 +363,8 @@ def update(
     loss = F.huber_loss(q_values, target) if args.loss == "huber" else F.mse_loss(q_values, target)
     optimizer.zero_grad()
     loss.backward()
+    if args.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)  # all as one vector
     optimizer.step()
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 

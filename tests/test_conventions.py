@@ -359,7 +359,7 @@ DEFAULTS = {
         total_timesteps=10000000 learning_rate=0.0001 adam_epsilon=0.00015 anneal_lr=False num_envs=8
         buffer_size=1000000 gamma=0.99 tau=1.0 target_network_frequency=1000 batch_size=32 start_e=1.0
         end_e=0.01 exploration_fraction=0.1 learning_starts=80000 train_frequency=4 double_q=False loss=huber
-        norm_obs=False sticky_actions=0.0 precision=auto checkpoint_frequency=100000
+        max_grad_norm=None norm_obs=False sticky_actions=0.0 precision=auto checkpoint_frequency=100000
     """,
     "ppo_cartpole": """
         total_timesteps=100000 learning_rate=0.001 anneal_lr=True num_envs=8 num_steps=32 gamma=0.98

@@ -557,6 +557,31 @@ def test_loss_and_values_are_means_over_the_batch(loss):
     torch.testing.assert_close(q_network.values.detach(), torch.tensor(values) - steps / 3)
 
 
+class FourTables(Table):
+    """Q as the sum of four tables, so that the gradient is in four parts, all the same."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.others = nn.ParameterList(torch.zeros_like(self.values) for _ in range(3))
+
+    def forward(self, obs):
+        states = [number(frames[-1]) for frames in obs]
+        return self.values[states] + sum(table[states] for table in self.others)
+
+
+@pytest.mark.parametrize("limit, share", [(None, 1.0), (11.0, 1.0), (5.0, 0.5), (0.1, 0.01)])
+def test_longer_gradients_are_cut_to_their_limit_and_shorter_ones_are_not(limit, share):
+    """Errors of 3 and -4, squared, in a batch of 2: a gradient of (3, -4) in each table, of length 5; in all, of 10."""
+    q_network = FourTables([[3.0, -4.0]])
+    terminated = torch.tensor([True, True])
+    batch = script.Batch(stacks([0, 0]), torch.tensor([0, 1]), torch.zeros(2), stacks([0, 0]), terminated)
+    optimizer = torch.optim.SGD(q_network.parameters(), lr=1.0)
+    args = script.Args(loss="squared", max_grad_norm=limit)
+    script.update(q_network, Table([[0.0, 0.0]]), optimizer, batch, args)
+    for table in q_network.others:
+        torch.testing.assert_close(table.detach(), torch.tensor([[-3.0, 4.0]]) * share)
+
+
 # ---- The training loop ----------------------------------------------------------------------------------------------
 
 
@@ -795,7 +820,7 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
         {"buffer_size": 100}, {"gamma": 0.5}, {"tau": 0.5}, {"target_network_frequency": 80}, {"batch_size": 5},
         {"start_e": 0.5}, {"end_e": 0.5}, {"exploration_fraction": 1.0}, {"learning_starts": 60},
         {"train_frequency": 8}, {"double_q": True}, {"norm_obs": True}, {"loss": "squared"}, {"precision": "bfloat16"},
-        {"checkpoint_frequency": 100},
+        {"max_grad_norm": 0.01}, {"checkpoint_frequency": 100},
     ):  # fmt: skip
         weights, _ = train(tmp_path, capsys, **changed)
         assert not torch.equal(weights, reference), changed
