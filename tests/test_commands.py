@@ -675,6 +675,7 @@ OWN_BAD_ARGUMENTS = {
         ("--eval-epsilon -1", "--eval-epsilon"),
         ("--adam-epsilon 0", "--adam-epsilon"),
         ("--max-grad-norm 0", "--max-grad-norm"),
+        ("--max-grad-norm nan", "--max-grad-norm"),
         ("--num-threads -1", "--num-threads"),
         ("--precision float16", "--precision"),
         ("--loss hubert", "huber"),

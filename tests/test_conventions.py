@@ -138,7 +138,8 @@ def flags(sources):
                 yield f"{name}: nothing reads --{field.replace('_', '-')}"
             if not comment:
                 yield f"{name}: --{field} has no comment"
-            if seen.setdefault(field, (annotation, comment)) != (annotation, comment):
+            meaning = annotation.removesuffix(" | None"), comment  # one script may do without what another needs
+            if seen.setdefault(field, meaning) != meaning:
                 yield f"{name}: --{field} has another type or comment elsewhere"
         if 'exp_name: str = SCRIPT' not in source or f'SCRIPT = "{name.removesuffix(".py")}"' not in source:
             yield f"{name}: SCRIPT is not its name"

@@ -40,8 +40,8 @@ def another(name, value, annotation):
     """A value that the argument could have, too."""
     if typing.get_origin(annotation) is typing.Literal:
         return next(choice for choice in typing.get_args(annotation) if choice != value)
-    if name == "target_kl":
-        return 0.5
+    if name in ("target_kl", "max_grad_norm"):
+        return 0.25
     return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value / 2 or 0.5}.get(
         type(value), lambda: f"{value}_"
     )()
