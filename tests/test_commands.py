@@ -296,7 +296,7 @@ def kill_at(bench, arguments, checkpoints, pause):
 
 @pytest.mark.parametrize(
     "checkpoints",
-    [1, pytest.param(3, marks=SLOW), pytest.param(6, marks=SLOW), "twice", pytest.param("the end", marks=SLOW)],
+    [pytest.param(1, marks=SLOW), pytest.param(3, marks=SLOW), pytest.param(6, marks=SLOW), "twice", pytest.param("the end", marks=SLOW)],
 )
 def test_resume_after_a_kill_is_as_if_nothing_happened(bench, tiny, reference, checkpoints):
     pause = random.random() * 0.05
@@ -761,6 +761,7 @@ def test_bad_arguments_are_refused(refuse, case, arguments, word):
     assert files == [case.name]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_missing_device_is_refused(bench, reference):
     is_refused(bench.run("--device", "cuda"), "cuda")
@@ -783,8 +784,8 @@ def test_a_missing_extra_is_named(script, bench):
 
 @pytest.mark.parametrize(
     "place",
-    ["a_file", "dangling"]
-    + [pytest.param(p, marks=SLOW) for p in ("a_file/runs", "x" * 300, "/proc/runs", "dangling/runs")],
+    ["a_file"]
+    + [pytest.param(p, marks=SLOW) for p in ("a_file/runs", "x" * 300, "/proc/runs", "dangling", "dangling/runs")],
 )
 def test_an_unwritable_runs_folder_is_refused(bench, place):
     (bench.folder / "a_file").write_text("mine")
