@@ -296,7 +296,7 @@ def kill_at(bench, arguments, checkpoints, pause):
 
 @pytest.mark.parametrize(
     "checkpoints",
-    [pytest.param(1, marks=SLOW), pytest.param(3, marks=SLOW), pytest.param(6, marks=SLOW), "twice", pytest.param("the end", marks=SLOW)],
+    ["twice"] + [pytest.param(checkpoints, marks=SLOW) for checkpoints in (1, 3, 6, "the end")],
 )
 def test_resume_after_a_kill_is_as_if_nothing_happened(bench, tiny, reference, checkpoints):
     pause = random.random() * 0.05
