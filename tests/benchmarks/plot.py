@@ -39,6 +39,8 @@ PUBLISHED = {
     "dqn_atari__ALE-Breakout-v5": "Dopamine 18.9 with Adam, 6.7 with RMSProp (1M, sticky actions)",
     "ppo_atari__ALE-Pong-v5": "CleanRL 20.4 (10M)",
 }
+# Records of other settings have a name with one of these at its end; in the table it means:
+VARIANTS = {"-textbook": ", textbook form", "-uncut": ", gradients not cut"}
 COLORS = {"reinforce": ("REINFORCE", "tab:green"), "dqn": ("DQN", "tab:orange"), "ppo": ("PPO", "tab:blue")}
 
 # Mean training return of Dopamine's DQN on Breakout, with sticky actions, over 5 seeds, in each 250k steps, of which the
@@ -138,7 +140,9 @@ def results_table() -> str:
         low, high = interval(values)
         band = f"{low:.1f} to {high:.1f}" if len(values) >= 5 else ""  # of three, it is from worst to best
         extremes = f"{values.min():.1f} to {values.max():.1f}" if len(values) > 1 else ""
-        title = title.replace("ALE-", "ALE/").replace("-textbook", ", textbook form")
+        title = title.replace("ALE-", "ALE/")
+        for ending, meaning in VARIANTS.items():
+            title = title.replace(ending, meaning)
         steps = max(int(row["step"]) for row in read_csv(RESULTS / f"{name}.csv")[1])
         seconds = float(re.search(r"median ([\d.]+) s", head["wall time"])[1])
         time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
@@ -245,6 +249,11 @@ def draw(file: str, panels: dict) -> None:
                 axis.plot(steps, values.T, color=color, linewidth=0.4, alpha=0.3)
                 axis.fill_between(steps, *interval(values), color=color, alpha=0.25, linewidth=0)
                 axis.plot(steps, values.mean(0), color=color, linewidth=2, label=f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")
+            for name in (name for name in records() if re.fullmatch(rf"{algorithm}_\w+__{title}-uncut", name)):
+                _, curves, _ = read(name)
+                for points in curves.values():
+                    ends.append(points[-1][0])
+                    axis.plot(*zip(*points), color=color, linewidth=1, label=f"{label}{VARIANTS['-uncut']}")
         if isinstance(level, dict):
             for (name, points), style in zip(level.items(), ("--", ":")):
                 axis.plot(*zip(*points), color="black", linewidth=0.8, linestyle=style, label=name)
