@@ -35,11 +35,11 @@ TINY = {
         "--total-timesteps 20000 --checkpoint-frequency 1000 --eval-episodes 6 --episodes-per-update 4"
     ),
     "dqn_cartpole": (
-        "--total-timesteps 10000 --checkpoint-frequency 1000 --eval-episodes 6 --buffer-size 3000"
+        "--total-timesteps 10000 --checkpoint-frequency 1000 --eval-episodes 6 --buffer-size 3000 --norm-obs"
     ),
     "dqn_atari": (
         "--total-timesteps 4000 --checkpoint-frequency 500 --eval-episodes 2 --num-envs 2 --buffer-size 1000 "
-        "--learning-starts 200 --batch-size 8 --train-frequency 20 --eval-epsilon 0.5 --num-threads 1"
+        "--learning-starts 200 --batch-size 8 --train-frequency 20 --eval-epsilon 0.5 --num-threads 1 --norm-obs"
     ),
     "ppo_cartpole": (
         "--total-timesteps 10000 --checkpoint-frequency 1000 --eval-episodes 6 --norm-obs --norm-reward "
@@ -51,7 +51,7 @@ TINY = {
     ),
     "ppo_atari": (
         "--total-timesteps 4000 --checkpoint-frequency 500 --eval-episodes 2 --num-envs 2 --num-steps 25 "
-        "--num-minibatches 2 --update-epochs 1 --num-threads 1"
+        "--num-minibatches 2 --update-epochs 1 --num-threads 1 --norm-obs"
     ),
 }
 # What the checkpoint calls the network that plays.

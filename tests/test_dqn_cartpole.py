@@ -331,8 +331,8 @@ def test_frequency_0_is_never():
 
 
 class Diary(gym.Env):
-    """Episodes of random length, half of which end by truncation, with random observations in an array that is
-    reused. Every environment keeps a diary of what really happened."""
+    """Episodes of random length, of which a third terminate, a third are truncated, and a third do both in one step;
+    with random observations in an array that is reused. Every environment keeps a diary of what really happened."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gym.spaces.Discrete(3, start=5)
@@ -345,7 +345,7 @@ class Diary(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.seeds.append(seed)
-        self.left, self.truncates = self.np_random.integers(*self.lengths, endpoint=True), self.np_random.random() < 0.5
+        self.left, self.end = self.np_random.integers(*self.lengths, endpoint=True), self.np_random.integers(3)
         self.obs[:] = self.np_random.random(2)
         return self.obs, {}
 
@@ -355,7 +355,7 @@ class Diary(gym.Env):
         self.left -= 1
         self.obs[:] = self.np_random.random(2)
         ends = self.left == 0
-        terminated, truncated = ends and not self.truncates, ends and self.truncates
+        terminated, truncated = bool(ends and self.end < 2), bool(ends and self.end > 0)
         self.steps.append((before, action - 5, reward, self.obs.astype(np.float32).tolist(), terminated, truncated))
         return self.obs, reward, terminated, truncated, {}
 

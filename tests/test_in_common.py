@@ -71,6 +71,10 @@ def test_no_minibatch_has_a_single_step(name, most):
     Args(num_envs=1, num_steps=5, num_minibatches=most)
     with pytest.raises(ValueError, match="--num-minibatches"):
         Args(num_envs=1, num_steps=5, num_minibatches=most + 1)
+    if name == "ppo_atari":  # of 5 steps in each of 4 environments, 3 may be resets: 8 are left
+        Args(num_envs=4, num_steps=5, num_minibatches=4)
+        with pytest.raises(ValueError, match="--num-minibatches"):
+            Args(num_envs=4, num_steps=5, num_minibatches=5)
 
 
 class FirstCheckpoint(Exception):

@@ -220,6 +220,26 @@ def test_longer_gradients_are_cut_to_their_limit_and_shorter_ones_are_not():
     torch.testing.assert_close(moves[0.01] / 0.01, moves[1e9] / moves[1e9].norm(), rtol=1e-3, atol=1e-6)
 
 
+def test_the_gradient_of_all_weights_is_cut_as_one_vector():
+    torch.manual_seed(0)
+    agent = script.Agent(2, 3, norm_obs=False)
+    before = [weights.detach().clone() for weights in agent.parameters()]
+    batch = script.Batch(torch.randn(8, 2), torch.arange(8) % 3, torch.full((8,), -1.1), *torch.randn(3, 8))
+    script.update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, script.Args(max_grad_norm=0.01))
+    moves = [weights.detach() - old for weights, old in zip(agent.parameters(), before)]
+    assert torch.cat([move.flatten() for move in moves]).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert sum(move.norm().item() > 0.001 for move in moves) > 1
+
+
+def test_equal_advantages_have_no_deviation_to_divide_by():
+    agent = script.Agent(2, 3, norm_obs=False)
+    obs, zeros, ones = torch.randn(8, 2), torch.zeros(8), torch.ones(8)
+    batch = script.Batch(obs, torch.arange(8) % 3, -1.1 * ones, values=zeros, advantages=ones, returns=zeros)
+    metrics = script.update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, script.Args(norm_adv=True))
+    assert metrics["losses/policy_loss"].item() == 0
+    assert all(weights.isfinite().all() for weights in agent.parameters())
+
+
 def test_updates_share_no_gradient():
     """What was there before is cleared: the step is the same."""
     steps = []
@@ -440,8 +460,8 @@ def test_scaled_rewards_are_clipped():
 
 
 class Diary(gym.Env):
-    """Episodes of random length, half of which end by truncation, with random observations in an array that is
-    reused. Every environment keeps a diary of what really happened."""
+    """Episodes of random length, of which a third terminate, a third are truncated, and a third do both in one step;
+    with random observations in an array that is reused. Every environment keeps a diary of what really happened."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gym.spaces.Discrete(3, start=5)
@@ -454,7 +474,7 @@ class Diary(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.seeds.append(seed)
-        self.left, self.truncates = self.np_random.integers(*self.lengths, endpoint=True), self.np_random.random() < 0.5
+        self.left, self.end = self.np_random.integers(*self.lengths, endpoint=True), self.np_random.integers(3)
         self.obs[:] = self.np_random.random(2)
         return self.obs, {}
 
@@ -464,7 +484,7 @@ class Diary(gym.Env):
         self.left -= 1
         self.obs[:] = self.np_random.random(2)
         ends = self.left == 0
-        terminated, truncated = ends and not self.truncates, ends and self.truncates
+        terminated, truncated = bool(ends and self.end < 2), bool(ends and self.end > 0)
         self.steps.append((before, action - 5, reward, self.obs.astype(np.float32).tolist(), terminated, truncated))
         return self.obs, np.array(reward), int(terminated), int(truncated), {}  # as some do
 

@@ -142,8 +142,8 @@ def test_update_goes_down_the_gradient_of_the_papers_loss():
 
 
 class Diary(gym.Env):
-    """Episodes of random length, half of which end by truncation; actions with bounds that differ by dimension. Every
-    environment keeps a diary of what really happened."""
+    """Episodes of random length, of which a third terminate, a third are truncated, and a third do both in one step;
+    actions with bounds that differ by dimension. Every environment keeps a diary of what really happened."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([2, 10], np.float32))
@@ -155,7 +155,7 @@ class Diary(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.left, self.truncates = self.np_random.integers(1, 6, endpoint=True), self.np_random.random() < 0.5
+        self.left, self.end = self.np_random.integers(1, 6, endpoint=True), self.np_random.integers(3)
         self.obs[:] = self.np_random.random(2)
         return self.obs, {}
 
@@ -165,7 +165,7 @@ class Diary(gym.Env):
         self.left -= 1
         self.obs[:] = self.np_random.random(2)
         ends = self.left == 0
-        terminated, truncated = ends and not self.truncates, ends and self.truncates
+        terminated, truncated = bool(ends and self.end < 2), bool(ends and self.end > 0)
         after = self.obs.astype(np.float32).tolist()
         self.steps.append((before, action.tolist(), reward, after, terminated, truncated))
         return self.obs, reward, terminated, truncated, {}
