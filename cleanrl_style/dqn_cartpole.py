@@ -32,13 +32,12 @@ Run      python dqn_cartpole.py
              --target-network-frequency 250 --batch-size 128 --end-e 0.1 --exploration-fraction 0.12 \
              --train-frequency 4 --gradient-steps 4 --hidden-size 256
          The settings of the last two are RL Zoo's, but for the loss, the falling learning rate, --learning-starts on
-         Acrobot and, on MountainCar, more steps and a buffer for all of them: with the Zoo's 10,000, some policies
-         forgot the goal after so many steps without it.
+         Acrobot and, on MountainCar, more steps and a buffer for all of them.
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
          one core of an AMD EPYC that had other work, too, start-up and evaluation included:
              CartPole-v1     488.6 (386.4 to 500.0)    100k steps    60 s   nine seeds of ten reached 500.0
              MountainCar-v0  -113.0 (-200.0 to -98.5)  200k steps   189 s   one seed of ten found the goal too late
-             Acrobot-v1      -76.3 (-79.5 to -73.4)    100k steps   370 s   with up to three runs beside it
+             Acrobot-v1      -76.3 (-79.5 to -73.4)    100k steps   370 s   with another run and other work beside it
 """
 
 import math

@@ -37,7 +37,7 @@ Run      python ppo_atari.py
              --checkpoint-frequency 200000
 Expect   Pong with these flags, on two cores of an AMD EPYC, mean over seeds 1 to 3 (worst to best seed):
              19.6 (19.3 to 19.7)    10 games after training, actions sampled
-             600k steps in 14 min (13 to 18, the longest beside other work): 18.8 to 19.4 in the last 20 training games
+             600k steps in 14 min (the longest 18, beside other work): 18.8 to 19.4 in the last 20 training games
          Breakout is not recorded yet.
 """
 

@@ -27,7 +27,7 @@ Differs  Where only a time limit ends an episode, V stands for what would have f
          episodes at a checkpoint, since Gymnasium cannot save an environment's state. On by default, beyond the
          equations: A is normalised in each minibatch, the gradient is clipped, and the learning rate falls to 0. Off by
          default: the entropy bonus, the clip of the change of V, the early stop by the KL divergence, and the
-         normalisations of observations and of rewards; MountainCar needs both normalisations.
+         normalisations of observations and of rewards, with both of which MountainCar is recorded below.
 Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; A actions.
          Row t is the step from t to t+1.
 Run      python ppo_cartpole.py

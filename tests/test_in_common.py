@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import typing
 
 import gymnasium as gym
@@ -62,6 +63,13 @@ def test_a_run_that_goes_on_is_the_run_that_was_started(script, capsys):
             assert f"--{name.replace('_', '-')} cannot be changed" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         script.refuse_changes(dataclasses.replace(saved, total_timesteps=saved.total_timesteps - 1), saved)
+
+
+def test_a_run_folder_is_named_after_what_is_run(script, tmp_path):
+    args = script.Args(exp_name="mine", seed=7, env_id="my_module:Mine-v3", runs_dir=str(tmp_path / "all"))
+    path = script.make_run_dir(args)
+    assert path.is_dir() and path.parent == tmp_path / "all"
+    assert re.fullmatch(r"my_module-Mine-v3__mine__7__\d{8}-\d{6}", path.name)
 
 
 @pytest.mark.parametrize("name, most", [("ppo_cartpole", 2), ("ppo_continuous", 2), ("ppo_atari", 1)])

@@ -7,9 +7,10 @@ Flags that this file does not know go to the script. Finished seeds are kept in 
 goes on where it was: give the same command again. The record is results/<script>__<env-id>.csv beside this file: what was run,
 where and on which versions, in comment lines at its head; then one row for each point (seed, step, return; the
 training return is the mean over 50 equal parts of the run), and two rows per seed at the final step: "eval", and
-"last20", the mean of the last 20 training episodes. With --solved LEVEL there is one row more, "solved": the step at
-which the mean of 20 training episodes in a row first reached that level, and, as its return, the minutes that it took.
-(Early where short games are won games: those end first after a checkpoint has cut them all. The row "last20" is fair.)
+"last20", the mean of the last 20 training episodes (which the oldest records lack). With --solved LEVEL there is one
+row more, "solved": the step at which the mean of 20 training episodes in a row first reached that level, and, as its
+return, the minutes that it took. (Early where short games are won games: those end first after a checkpoint has cut
+them all. The row "last20" is fair.)
 """
 
 import argparse
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,13 @@ def processor() -> str:
     return f"{found[1] if found else platform.machine()}, {platform.system()}"
 
 
+def found(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("script", help="its file name without .py")
@@ -124,7 +132,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{processor()}, {os.cpu_count()} cores, {ours.jobs} run{'s' if ours.jobs > 1 else ''} at a time",
         "versions": f"Python {platform.python_version()}, "
-        + ", ".join(f"{package} {version(package)}" for package in ("torch", "gymnasium", "numpy")),
+        + ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy", "ale-py", "mujoco") if found(name)),
         "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, from start-up to evaluation",
     }
     if ours.solved is not None:

@@ -17,16 +17,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ALGORITHMS = {
     "reinforce_cartpole": "REINFORCE with a baseline (Williams 1992); flat observations, discrete actions",
     "dqn_cartpole": "Deep Q-learning, double if asked (Mnih et al. 2015, van Hasselt et al. 2016); flat, discrete",
-    "dqn_atari": "Deep Q-learning from pixels",
+    "dqn_atari": "Deep Q-learning from pixels (Mnih et al. 2015)",
     "ppo_cartpole": "Proximal policy optimisation (PPO, Schulman et al. 2017); flat, discrete",
-    "ppo_continuous": "PPO for continuous actions; flat observations",
-    "ppo_atari": "PPO from pixels",
+    "ppo_continuous": "PPO for continuous actions (Schulman et al. 2017); flat observations",
+    "ppo_atari": "PPO from pixels (Schulman et al. 2017)",
 }
 # What others published, with the steps it took: CleanRL's training returns (docs.cleanrl.dev), and the greedy policies
 # of RL Baselines3 Zoo (its benchmark.md).
 PUBLISHED = {
-    "dqn_cartpole__CartPole-v1": "CleanRL 488.7 (500k)",
-    "ppo_cartpole__CartPole-v1": "CleanRL 490.0 (500k)",
+    "dqn_cartpole__CartPole-v1": "CleanRL 488.7 (500k), Zoo 500 (50k)",
+    "ppo_cartpole__CartPole-v1": "CleanRL 490.0 (500k), Zoo 500 (100k)",
     "dqn_cartpole__Acrobot-v1": "CleanRL -91.5 (500k), Zoo -76.6 (100k)",
     "ppo_cartpole__Acrobot-v1": "CleanRL -86.4 (500k), Zoo -73.5 (1M)",
     "dqn_cartpole__MountainCar-v0": "CleanRL -195.0 (500k), Zoo -100.8 (120k)",
@@ -35,9 +35,9 @@ PUBLISHED = {
     "ppo_continuous__HalfCheetah-v5": "CleanRL 1443, Zoo 5819 (1M, older versions)",
     "ppo_continuous__Hopper-v5": "CleanRL 2383, Zoo 2410 (1M, older versions)",
     "ppo_continuous__Walker2d-v5": "CleanRL 2288, Zoo 3479 (1M, older versions)",
-    "dqn_atari__ALE-Pong-v5": "CleanRL 20.3 (10M)",
+    "dqn_atari__ALE-Pong-v5": "CleanRL 20.3, Zoo 20.6 (10M)",
     "dqn_atari__ALE-Breakout-v5": "Dopamine 18.9 with Adam, 6.7 with RMSProp (1M, sticky actions)",
-    "ppo_atari__ALE-Pong-v5": "CleanRL 20.4 (10M)",
+    "ppo_atari__ALE-Pong-v5": "CleanRL 20.4, Zoo 21.0 (10M)",
 }
 # Records of other settings have a name with one of these at its end; in the table it means:
 VARIANTS = {"-textbook": ", textbook form", "-uncut": ", gradients not cut"}
@@ -169,15 +169,15 @@ def ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], pa
 def scripts_table() -> str:
     """One row for each script; speed and memory beside its peers, where they were measured."""
     lines = [
-        "| Script | Algorithm | Lines | Speed, × CleanRL | Speed, × SB3 | Memory, × CleanRL |",
-        "|-|-|-:|-:|-:|-:|",
+        "| Script | Algorithm | Lines | Speed, × CleanRL | Speed, × SB3 | Memory, × CleanRL | Memory, × SB3 |",
+        "|-|-|-:|-:|-:|-:|-:|",
     ]
     for script, algorithm in ALGORITHMS.items():
         group = script.removesuffix("_cartpole")
         programs = speeds(group)[1]
         variants = [name for name in programs if name.startswith(f"{script}.py")]
         cells = []
-        for peer, part in (("CleanRL", 0), ("Stable-Baselines3", 0), ("CleanRL", 1)):
+        for peer, part in (("CleanRL", 0), ("Stable-Baselines3", 0), ("CleanRL", 1), ("Stable-Baselines3", 1)):
             theirs = next((rounds for name, rounds in programs.items() if name.startswith(peer)), None)
             ratios = [f"{ratio(programs[name], theirs, part):.{1 + part}f}" for name in variants] if theirs else ["–"]
             others = [f"{name.split(', ')[1]}: {number}" for name, number in zip(variants[1:], ratios[1:])]

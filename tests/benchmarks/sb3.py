@@ -54,7 +54,7 @@ else:
     envs = make_vec_env("CartPole-v1", n_envs=10, seed=seed)
     model = DQN("MlpPolicy", envs, buffer_size=10_000, learning_starts=10_000, batch_size=128, train_freq=1,
                 gradient_steps=1, target_update_interval=500, exploration_initial_eps=0.05, exploration_final_eps=0.05,
-                policy_kwargs={"net_arch": [128, 128]}, seed=seed, device="cpu")  # fmt: skip
+                learning_rate=2.5e-4, policy_kwargs={"net_arch": [128, 128]}, seed=seed, device="cpu")  # fmt: skip
 model.learn(steps, callback=clock)
 times = [point for point in clock.times if point[0] >= first]
 print((times[-1][0] - times[0][0]) / (times[-1][1] - times[0][1]))

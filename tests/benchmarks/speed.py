@@ -21,6 +21,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 from learn import processor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -96,9 +97,9 @@ TEXTBOOK = ["--episodes-per-update", 1, "--no-normalize-returns", "--no-anneal-l
 # CleanRL's settings, where ours are others; both sides act by their networks, not at random, all the time.
 DQN = ["--total-timesteps", 40_000, "--learning-starts", 10_000, "--start-e", 0.05, "--end-e", 0.05]
 OUR_DQN = [*DQN, "--buffer-size", 10_000, "--train-frequency", 10, "--target-network-frequency", 500, "--batch-size", 128,
-           "--hidden-size", 128]  # fmt: skip
+           "--hidden-size", 128, "--learning-rate", 2.5e-4, "--no-anneal-lr"]  # fmt: skip
 ATARI = ["--total-timesteps", 5_000, "--learning-starts", 1_000, "--buffer-size", 20_000, "--start-e", 0.01]
-OUR_ATARI = [*ATARI, "--adam-epsilon", 1e-8]
+OUR_ATARI = [*ATARI, "--adam-epsilon", 1e-8, "--loss", "squared"]
 
 PPO = ["--total-timesteps", 60_000]
 OUR_PPO = [*PPO, *"--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-vloss --gamma 0.99 "
@@ -193,6 +194,10 @@ def main() -> None:
         with open(HERE / "results" / "speed" / f"{group}.csv", "w", newline="") as file:
             file.writelines(f"# {key}: {value}\n" for key, value in head.items())
             csv.writer(file, lineterminator="\n").writerows([["name", "round", "steps/s", "memory"], *rows])
+        speeds = {name: [float(row[2]) for row in rows if row[0] == name] for name in names}
+        for name in names:
+            times = median(a / b for a, b in zip(speeds[name], speeds[names[0]]))
+            print(f"{group}, {name}: median {median(speeds[name]):.5g} steps/s, {times:.2f} times the first")
 
 
 if __name__ == "__main__":
