@@ -19,15 +19,14 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
          follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
 Differs  Adam in place of RMSProp, and an initialisation that lets the signal through (He et al. 2015). The target
-         network is copied every 250 gradient steps, or 1,000 environment steps, not every 10,000 gradient steps;
-         exploration ends at 1%, not 10%. N games are played side by side, with one gradient step for every 4 steps,
-         counted over all of them. Where only a time limit ends a game, y still counts what would have followed. Ale-py's
-         vector environment cannot be saved, so each checkpoint begins new games, and those being played are never
-         scored. For the learner only, a reward becomes its sign and the loss of a life ends an episode, as in the paper;
-         what is logged are the true scores of whole games. With --norm-obs, pixels are normalised by running statistics
-         of those in the buffer, which makes moving things stand out. The buffer keeps each frame once, in the file
-         replay.frames of the run's folder, 7.1 GB by default, which must fit into memory, too; what is overwritten is
-         kept beside it until the next checkpoint, another 0.7 GB.
+         network is copied every 250 gradient steps, not every 10,000; exploration ends at 1%, not 10%. N games are
+         played side by side, and every 4 steps, of all games together, are followed by one gradient step. Where only a
+         time limit ends a game, y counts what would have followed. Ale-py's vector environment cannot be saved, so each
+         checkpoint begins new games, and those being played are never scored. As in the paper, the learner sees the
+         sign of a reward and the loss of a life as an end; what is logged are whole games' true scores. With --norm-
+         obs, pixels are normalised by running statistics of those in the buffer: moving things stand out. The buffer
+         keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which must fit into
+         memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
