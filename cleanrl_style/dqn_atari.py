@@ -23,10 +23,10 @@ Differs  Adam in place of RMSProp, and an initialisation that lets the signal th
          played side by side, and every 4 steps, of all games together, are followed by one gradient step. Where only a
          time limit ends a game, y counts what would have followed. Ale-py's vector environment cannot be saved, so each
          checkpoint begins new games, and those being played are never scored. As in the paper, the learner sees the
-         sign of a reward and the loss of a life as an end; what is logged are whole games' true scores. With --norm-
-         obs, pixels are normalised by running statistics of those in the buffer: moving things stand out. The buffer
-         keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which must fit into
-         memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
+         sign of a reward and the loss of a life as an end; what is logged are whole games' true scores. With
+         --norm-obs, pixels are normalised by running statistics of those in the buffer: moving things stand out. The
+         buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which must fit
+         into memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
