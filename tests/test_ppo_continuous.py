@@ -243,7 +243,7 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     def outcome(**settings):
         few = dict(
             env_id="ContinuousDiary-v0", total_timesteps=180, num_envs=3, num_steps=20, num_minibatches=2,
-            update_epochs=2, eval_episodes=1, checkpoint_frequency=0,
+            update_epochs=2, eval_episodes=1, checkpoint_frequency=0, learning_rate=1e-2,
         )  # fmt: skip
         run_dir = script.train(script.Args(**few | settings, runs_dir=str(tmp_path)))
         state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
