@@ -40,7 +40,7 @@ PUBLISHED = {
     "ppo_atari__ALE-Pong-v5": "CleanRL 20.4, Zoo 21.0 (10M)",
 }
 # Records of other settings have a name with one of these at its end; in the table it means:
-VARIANTS = {"-textbook": ", textbook form", "-uncut": ", gradients not cut"}
+VARIANTS = {"-textbook": ", textbook form", "-uncut": ", gradients not cut, constant learning rate"}
 COLORS = {"reinforce": ("REINFORCE", "tab:green"), "dqn": ("DQN", "tab:orange"), "ppo": ("PPO", "tab:blue")}
 
 # Mean training return of Dopamine's DQN on Breakout, with sticky actions, over 5 seeds, in each 250k steps, of which the
