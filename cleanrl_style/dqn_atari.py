@@ -36,9 +36,9 @@ Expect   Pong with these flags, in bfloat16, on one core (--num-threads 1) of an
          to best seed):
              19.7 (19.4 to 20.0)    10 games after training, epsilon 0.01
              600k steps in 90 min beside another run: 18.3 to 19.6 in the last 20 training games
-         Breakout, 1M steps with these flags but --buffer-size 1000000, seed 1 alone: 0.5, after a collapse. Its games
-         between 500k and 750k scored 54.0 (Dopamine's DQN with Adam: 15.2). Then Q exploded for screens with few bricks
-         left, whose pixels are far from their means; in the end, no last hidden unit answered any usual screen.
+         Breakout, 1M steps with these flags but --buffer-size 1000000 --max-grad-norm 0.5 --anneal-lr, seed 1 alone:
+             82.3    10 games after training, in 132 min beside other work
+         Without the last two it collapsed to 0.5: Q exploded for screens with few bricks left, which are far from usual.
 """
 
 import math

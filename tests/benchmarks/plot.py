@@ -67,7 +67,7 @@ PICTURES = {
     },
     "atari.png": {
         "ALE-Pong-v5": (20.4, "CleanRL's PPO, 10M steps: 20.4", "left", "bottom", (-22, 24)),
-        "ALE-Breakout-v5": (DOPAMINE, "", "left", "bottom", (0, 85)),
+        "ALE-Breakout-v5": (DOPAMINE, "", "left", "bottom", (0, 140)),
     },
 }
 
