@@ -38,7 +38,7 @@ Expect   Pong with these flags, in bfloat16, on one core (--num-threads 1) of an
              600k steps in 90 min beside another run: 18.3 to 19.6 in the last 20 training games
          Breakout, 1M steps with these flags but --buffer-size 1000000 --max-grad-norm 0.5 --anneal-lr, seed 1 alone:
              82.3    10 games after training, in 132 min beside other work
-         Without the last two it collapsed to 0.5: Q exploded for screens with few bricks left, which are far from usual.
+         Without the last two it collapsed, to 0.5: Q exploded for screens with few bricks left, which are unusual.
 """
 
 import math
