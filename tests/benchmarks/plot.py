@@ -169,8 +169,8 @@ def ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], pa
 def scripts_table() -> str:
     """One row for each script; speed and memory beside its peers, where they were measured."""
     lines = [
-        "| Script | Algorithm | Lines | Speed, × CleanRL | Speed, × SB3 | Memory, × CleanRL | Memory, × SB3 |",
-        "|-|-|-:|-:|-:|-:|-:|",
+        "| Script | Algorithm | Lines | Speed, × CleanRL | Speed, × SB3 | Memory, × CleanRL; SB3 |",
+        "|-|-|-:|-:|-:|-:|",
     ]
     for script, algorithm in ALGORITHMS.items():
         group = script.removesuffix("_cartpole")
@@ -182,6 +182,7 @@ def scripts_table() -> str:
             ratios = [f"{ratio(programs[name], theirs, part):.{1 + part}f}" for name in variants] if theirs else ["–"]
             others = [f"{name.split(', ')[1]}: {number}" for name, number in zip(variants[1:], ratios[1:])]
             cells.append(ratios[0] + (f" ({', '.join(others)})" if others and not part else ""))
+        cells[2:] = ["; ".join(cells[2:]) if cells[2] != "–" else "–"]
         count = len((ROOT / "cleanrl_style" / f"{script}.py").read_text().splitlines())
         lines.append(f"| [{script}.py](cleanrl_style/{script}.py) | {algorithm} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
