@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.4.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+#   "torch>=2.6.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
 r"""Deep Q-learning (DQN) from pixels, for Atari games.
@@ -9,21 +9,21 @@ r"""Deep Q-learning (DQN) from pixels, for Atari games.
 Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
          van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
 Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
-         and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
+         and take the action of the largest. What Q should be follows from what came a step later (Bellman's equation):
 
              y    = r + gamma * max_a' Q_target(s', a')              the target; y = r if the episode terminated in s'
              y    = r + gamma * Q_target(s', argmax_a' Q(s', a'))    that of double Q-learning (--double-q)
              loss = mean of huber(Q(s, a) - y)                       over B transitions (s, a, r, s')
 
          The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
-         Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
-         follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
+         Q_target is a copy of the network from a while ago, so that the network does not chase a target that moves with
+         its every step. With probability epsilon, which decays, an action is random, or nothing new would be tried.
 Differs  Adam in place of RMSProp, and an initialisation that lets the signal through (He et al. 2015). The target
          network is copied every 250 gradient steps, not every 10,000; exploration ends at 1%, not 10%. N games are
          played side by side, and every 4 steps, of all games together, are followed by one gradient step. Where only a
          time limit ends a game, y counts what would have followed. Ale-py's vector environment cannot be saved, so each
-         checkpoint begins new games, and those being played are never scored. As in the paper, the learner sees the
-         sign of a reward and the loss of a life as an end; what is logged are whole games' true scores. With
+         checkpoint begins new games, and those being played are never scored. As in the paper, the learner sees only
+         a reward's sign, and takes the loss of a life for an end; what is logged are whole games' true scores. With
          --norm-obs, pixels are normalised by running statistics of those in the buffer: moving things stand out. The
          buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which must fit
          into memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
@@ -72,7 +72,7 @@ SCRIPT = "dqn_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations drawn for the statistics before each update of the target network, when y changes anyway
+SAMPLE = 1_000  # observations that --norm-obs takes in before each update of the target network, when y changes anyway
 MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
@@ -140,7 +140,7 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
-        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # 8 rows: see ReplayBuffer.sample
+        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # 8 rows: 4 cannot be drawn
             raise ValueError("--learning-starts must be at least --batch-size, and 8 times --num-envs")
         if self.buffer_size < self.learning_starts:
             raise ValueError(f"--buffer-size must be at least --learning-starts, not {self.buffer_size}")
@@ -164,9 +164,10 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """N games. Their observations are the last four frames, (N, 4, 84, 84) of uint8, the newest last, 0 before a start.
 
     The emulators run in native code, in threads of their own: `send` gives them their actions, `recv` waits for what
-    came of them, in new arrays. They see to no-ops at the start, frame skip, pressing FIRE, frames of 84 x 84, and
-    stacks. With life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the game is
-    over, the next step ignores its action and begins a new one.
+    came of them, in new arrays. They wait for a random time at a game's start (no-ops), repeat each action for four
+    frames (frame skip), press FIRE where a game begins only then, shrink frames to 84 x 84, and stack them. With
+    life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the game is over, the next
+    step ignores its action and begins a new one.
     """
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
@@ -210,7 +211,7 @@ def limit(env: gym.Env) -> gym.Env:
 
 
 class OwnEnvs(gym.vector.VectorWrapper):
-    """Gives other environments what the emulators have: the two halves of a step, and a number for each frame."""
+    """Gives your own environments what the emulators have: `send`, `recv`, and a frame number, 0 in a new game."""
 
     def reset(self, **keywords):
         obs, info = self.env.reset(**keywords | {"seed": [int(seed) for seed in keywords["seed"]]})
@@ -328,8 +329,8 @@ def td_target(
 ) -> Tensor:
     """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
 
-    The maximum of noisy estimates is too high on average. So double Q-learning lets the Q-network choose a', if its
-    Q(s', .) is given as well, and the target network value it: too high only if both overestimate a' (van Hasselt, 4).
+    next_q is Q_target(s', .). The maximum of noisy estimates is too high on average. So in double Q-learning, the
+    Q-network's own Q(s', .), next_q_online, chooses a', and next_q values it: too high only if both overestimate a'.
     """
     best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
@@ -337,7 +338,7 @@ def td_target(
 
 @torch.no_grad()
 def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
-    """theta_target <- (1 - tau) * theta_target + tau * theta: a copy if tau is 1."""
+    """Each weight of the target network <- (1 - tau) * itself + tau * the Q-network's: a copy if tau is 1."""
     torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), tau)
 
 
@@ -387,9 +388,9 @@ class ReplayBuffer:
 
     Row t is the step from t to t+1: the newest frame of observation t, the action, and what came of it. The three older
     frames of observation t are in the rows before, the newest one of observation t+1 is in the row after. So a row can
-    be drawn once the next one is written, and until the third row before it is overwritten. `ages` says how many steps
-    of its game came before a row (4: or more); frames from before the game are 0 in what is drawn. `valid` is False
-    where a row holds only the last observation of a game, or of a game that was cut: nothing came of it.
+    be drawn only while the row after it and the three before it are there. `ages` says how many steps of its game came
+    before a row, or 4 if there were more; frames from before the game are drawn as 0. `valid` is False where a row
+    holds no step, only the last observation of a game that ended, or was cut by a checkpoint.
 
     A checkpoint leaves out the frames, which are gigabytes, but a run that resumes from it must find them as they were.
     So rows that are overwritten later are first appended to a second file, and `load_state_dict` puts them back.
@@ -490,11 +491,11 @@ def refuse_too_large(args: Args) -> None:
     size, later = args.buffer_size, max(0, args.total_timesteps - args.buffer_size)
     overwritten = min(args.checkpoint_frequency or later, later, size)  # what the second file may have to hold
     runs_dir = Path(args.resume or args.runs_dir).resolve()  # where the run's folder is, or will be
-    folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    folder = next((path for path in (runs_dir, *runs_dir.parents) if path.exists()), ".")
     room = [(f"disk in {folder}", (size if args.resume is None else 0) + overwritten, shutil.disk_usage(folder).free)]
     if Path("/proc/meminfo").exists():  # Linux
-        (kilobytes,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        room.append(("memory", size, int(kilobytes) * 1024))
+        for kilobytes in re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
+            room.append(("memory", size, int(kilobytes) * 1024))
     for name, frames, free in room:
         if frames * 84 * 84 > free:
             fail(f"--buffer-size needs {frames * 84 * 84 / 1e9:.1f} GB of {name}, where {free / 1e9:.1f} GB are free")
@@ -548,7 +549,7 @@ def train(args: Args) -> Path:
                 envs.send(actions.numpy())
                 global_step += num_envs
 
-                # Learn, while the emulators step: all that is due at these N steps, global_step - N + 1 to global_step.
+                # Learn, while the emulators step: what is due at each of these N steps, as if they had come one by one.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(newest_frames(buffer.sample(SAMPLE).obs).to(device))
@@ -558,8 +559,8 @@ def train(args: Args) -> Path:
                     if step % args.target_network_frequency == 0:
                         update_target(target_network, q_network, args.tau)
 
-                # Store. A smaller frame number means a new game: this action was ignored and is no transition. The game
-                # that ended is logged now, at environment i's step of this round, unless a checkpoint came between.
+                # Store. The step after a game's end ignores its action and begins a new game, so it is no transition.
+                # It shows in a frame number that falls. The old game is logged now, unless a checkpoint came between.
                 next_obs, rewards, terminated, _, info = envs.recv()
                 new_game = info["episode_frame_number"] < frame_numbers
                 buffer.add(obs, lengths, actions.numpy(), rewards, terminated, ~new_game)
@@ -586,7 +587,7 @@ def train(args: Args) -> Path:
                     # One row more, with the last observations. The games are cut, so nothing comes of it: not valid.
                     buffer.add(obs, lengths, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
                     save()
-                    obs = None  # new games after each checkpoint, not only in a resumed run: so both are the same
+                    obs, envs = None, make_envs(args, num_envs)  # all new, as in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -756,7 +757,8 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
     try:
         args = parse_args()
         if args.evaluate is None:
@@ -770,6 +772,10 @@ def main() -> None:
         fail(str(error), code=1)
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
+        if "allocate" not in str(error):
+            raise
+        fail(f"not enough memory: {error}")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 

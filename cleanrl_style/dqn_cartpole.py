@@ -9,15 +9,15 @@ r"""Deep Q-learning (DQN) for flat observations and discrete actions.
 Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
          van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
 Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
-         and act by the largest. What Q should be follows from what happened one step later (Bellman's equation):
+         and take the action of the largest. What Q should be follows from what came a step later (Bellman's equation):
 
              y    = r + gamma * max_a' Q_target(s', a')              the target; y = r if the episode terminated in s'
              y    = r + gamma * Q_target(s', argmax_a' Q(s', a'))    that of double Q-learning (--double-q)
              loss = mean of (Q(s, a) - y)^2                          over B transitions (s, a, r, s')
 
          The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
-         Q_target is a copy of the network from a while ago, so that the target does not run away from the network that
-         follows it. With probability epsilon, which decays, an action is random: else nothing new would be tried.
+         Q_target is a copy of the network from a while ago, so that the network does not chase a target that moves with
+         its every step. With probability epsilon, which decays, an action is random, or nothing new would be tried.
 Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that the policy settles; the plain square of
          the error; a small network, as there are no pixels. N environments are stepped side by side, and all begin new
          episodes at a checkpoint, since Gymnasium cannot save an environment's state. Where only a time limit ends an
@@ -64,7 +64,7 @@ from tqdm import tqdm
 SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations drawn for the statistics before each update of the target network, when y changes anyway
+SAMPLE = 1_000  # observations that --norm-obs takes in before each update of the target network, when y changes anyway
 MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
@@ -88,7 +88,7 @@ class Args:
     exploration_fraction: float = 0.2  # share of total-timesteps that the decay takes
     learning_starts: int = 1_000  # environment steps before the first gradient step
     train_frequency: int = 2  # environment steps between gradient steps
-    gradient_steps: int = 1  # how many at a time; many, at a high train-frequency, change the policy in bursts
+    gradient_steps: int = 1  # how many at a time; many, with long pauses, change the policy in bursts
     double_q: bool = False  # the Q-network chooses the next action, the target network values it
     norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
     hidden_size: int = 64  # units in each of the network's two hidden layers
@@ -145,17 +145,12 @@ def make_envs(args: Args) -> list[gym.Env]:
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
         envs = [gym.make(args.env_id) for _ in range(args.num_envs)]
-        if args.capture_video:
-            if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
-                fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
-            os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-            envs[0] = gym.make(args.env_id, render_mode="rgb_array")
-            envs[0].reset()
-            frame = envs[0].render()  # now: what is missing for drawing should not come to light after the training
-            if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
-                fail(f"--capture-video: {args.env_id} does not draw arrays (H, W, 3) of uint8")
     except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"cannot make the environment {args.env_id!r}: {error}")
+    if args.capture_video:
+        if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
+            fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
+        envs[0] = drawable(args.env_id)
     obs_space, action_space = envs[0].observation_space, envs[0].action_space
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     if not (flat and isinstance(action_space, gym.spaces.Discrete)):
@@ -163,6 +158,20 @@ def make_envs(args: Args) -> list[gym.Env]:
     if envs[0].spec.max_episode_steps is None:
         envs = [gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS) for env in envs]
     return envs
+
+
+def drawable(env_id: str) -> gym.Env:
+    """The environment, made to be drawn. Draws it once: what is missing should not come to light after the training."""
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    try:
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset()
+        frame = env.render()
+    except Exception as error:  # graphics libraries fail in a dozen ways
+        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+    if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,) or frame.dtype != np.uint8:
+        fail(f"--capture-video: {env_id} does not draw arrays (H, W, 3) of uint8")
+    return env
 
 
 TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
@@ -245,8 +254,8 @@ def td_target(
 ) -> Tensor:
     """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
 
-    The maximum of noisy estimates is too high on average. So double Q-learning lets the Q-network choose a', if its
-    Q(s', .) is given as well, and the target network value it: too high only if both overestimate a' (van Hasselt, 4).
+    next_q is Q_target(s', .). The maximum of noisy estimates is too high on average. So in double Q-learning, the
+    Q-network's own Q(s', .), next_q_online, chooses a', and next_q values it: too high only if both overestimate a'.
     """
     best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
@@ -254,7 +263,7 @@ def td_target(
 
 @torch.no_grad()
 def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
-    """theta_target <- (1 - tau) * theta_target + tau * theta: a copy if tau is 1."""
+    """Each weight of the target network <- (1 - tau) * itself + tau * the Q-network's: a copy if tau is 1."""
     torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), tau)
 
 
@@ -389,7 +398,7 @@ def train(args: Args) -> Path:
                         recent.append(returns[i])
                         obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
 
-                # Learn: all that is due at these N steps, global_step - N + 1 to global_step.
+                # Learn: what is due at each of these N steps, as if they had come one by one.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(buffer.sample(SAMPLE).obs.to(device))
@@ -414,7 +423,7 @@ def train(args: Args) -> Path:
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
                 if is_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
                     save()
-                    obs = None  # new episodes after each checkpoint, not only in a resumed run: so both are the same
+                    obs, envs = None, make_envs(args)  # all new, as in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -594,7 +603,8 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
     try:
         args = parse_args()
         if args.evaluate is None:
@@ -609,6 +619,10 @@ def main() -> None:
         fail(str(error), code=1)
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
+        if "allocate" not in str(error):
+            raise
+        fail(f"not enough memory: {error}")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 

@@ -1,20 +1,20 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.4.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+#   "torch>=2.6.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
 r"""Proximal policy optimisation (PPO) from pixels, for Atari games.
 
 Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
-         equation 16. Comments such as [D3] name what makes it work: the core details D1 to D12 and, for Atari, A1 to A9
-         of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
-Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, then
-         go over these steps several times, and make the better actions more probable and the worse ones less. The steps
-         were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards
-         moving pi(a|s) further once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is
-         V(s), a prediction of the discounted sum of rewards from s on, which is learned as well.
+         equation 16. Comments such as [D3] are the numbers of details in Huang et al. (2022), "The 37 implementation
+         details of proximal policy optimization": D1 to D12 at the core, A1 to A9 for Atari.
+Idea     Play T steps in N environments with the policy pi. V(s), which is learned as well, predicts the discounted sum
+         of rewards from s on. Go over these steps several times, and make the actions that turned out better than V
+         expected more probable, the others less. The steps were taken by pi_old, the policy before these changes, and
+         tell little about one that is very different. So the loss no longer rewards moving pi(a|s) further once its
+         ratio to pi_old(a|s) is more than epsilon away from 1.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
              A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: all deltas from t on, discounted
@@ -83,7 +83,7 @@ class Args:
     num_envs: int = 8  # environments that are stepped side by side (N)
     num_steps: int = 128  # steps in each environment for one rollout (T)
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all, then V
+    gae_lambda: float = 0.95  # how far an advantage looks before it trusts V (lambda); 0: one reward; 1: all to come
     num_minibatches: int = 4  # parts of a rollout, one gradient step for each
     update_epochs: int = 4  # times that a rollout is learned from
     norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
@@ -149,9 +149,10 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """N games. Their observations are the last four frames, (N, 4, 84, 84) of uint8, the newest last, 0 before a start.
 
     The emulators run in native code, in threads of their own [D1]: `send` gives them their actions, `recv` waits for
-    what came of them, in new arrays. They see to no-ops at the start [A1], frame skip [A2], pressing FIRE [A4], frames
-    of 84 x 84 [A5] and stacks [A7]. With life_loss_info [A3], `terminated` is True when a life is lost, too, and the
-    game goes on. When the game is over, the next step ignores its action and begins a new one.
+    what came of them, in new arrays. They wait for a random time at a game's start, by no-ops [A1], repeat each action
+    for four frames [A2], press FIRE where a game begins only then [A4], shrink frames to 84 x 84 [A5], and stack them
+    [A7]. With life_loss_info [A3], `terminated` is True when a life is lost, too, and the game goes on. When the game
+    is over, the next step ignores its action and begins a new one.
     """
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
@@ -195,7 +196,7 @@ def limit(env: gym.Env) -> gym.Env:
 
 
 class OwnEnvs(gym.vector.VectorWrapper):
-    """Gives other environments what the emulators have: the two halves of a step, and a number for each frame."""
+    """Gives your own environments what the emulators have: `send`, `recv`, and a frame number, 0 in a new game."""
 
     def reset(self, **keywords):
         obs, info = self.env.reset(**keywords | {"seed": [int(seed) for seed in keywords["seed"]]})
@@ -316,10 +317,10 @@ def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
     gae_lambda: float,
 ) -> Tensor:  # fmt: skip
-    """Generalised advantage estimation (2016, equation 16) [D5]: five of (T, N) -> A (T, N).
+    """Generalised advantage estimation (2016, equation 16) [D5]: five of (T, N) -> advantages (T, N).
 
     Where an episode terminated, nothing follows, and V(s_{t+1}) counts as 0. Where it was truncated, by a time limit,
-    V(s_{t+1}) stands for what would have followed. The sum over later steps stops at either.
+    V(s_{t+1}) stands for what would have followed. The sum over later steps stops at either, and after row T-1.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -341,8 +342,8 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
     """mean of (V - return)^2 / 2: three of (B,) -> scalar.
 
-    With a clip [D9], each error is the larger of that and the one that V would have, had it moved from V_old by no more
-    than the clip. It is not in the paper, and Engstrom et al. (2020) found no evidence that it helps.
+    With a clip [D9], the error is also computed for V held within the clip of V_old, and the larger of the two counts.
+    It is not in the paper. Engstrom et al. (2020), "Implementation matters in deep RL", found no sign that it helps.
     """
     errors = (values - returns).square()
     if clip_coef is not None:
@@ -358,8 +359,8 @@ class Batch(NamedTuple):
     actions: Tensor  # what was done then, (B,)
     log_probs: Tensor  # log pi_old(a|s), (B,)
     values: Tensor  # V_old(s), (B,)
-    advantages: Tensor  # A, (B,)
-    returns: Tensor  # A + V_old(s): what V(s) should have been, (B,)
+    advantages: Tensor  # A_t, (B,)
+    returns: Tensor  # A_t + V_old(s): what V(s) should have been, (B,)
 
 
 def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
@@ -384,7 +385,7 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
             "losses/policy_loss": loss_pi.detach(),
             "losses/value_loss": loss_v.detach(),
             "losses/entropy": entropy.detach(),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # from samples of pi_old: Schulman (2020)
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old || pi): joschu.net/blog/kl-approx.html
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
 
@@ -471,6 +472,7 @@ def train(args: Args) -> Path:
     envs = make_envs(args, num_envs)
     agent = make_agent(args, envs, device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not 1e-8
+    rollout = Rollout(num_steps, num_envs)
     parts, global_step = {"agent": agent, "optimizer": optimizer}, 0
     if args.resume is not None:
         state = load_checkpoint(args.resume, args, **parts)
@@ -484,7 +486,6 @@ def train(args: Args) -> Path:
         writer.flush()  # the event file must not lag behind the checkpoint
         save_checkpoint(run_dir, args, parts, global_step=global_step)
 
-    rollout = Rollout(num_steps, num_envs)
     first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
     save()  # from here on there is something to resume
     try:
@@ -499,9 +500,9 @@ def train(args: Args) -> Path:
                 if args.anneal_lr:  # [D4] once a rollout
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
-                # Act: T steps in every environment. A smaller frame number means a new game: this action was ignored.
-                # The game that ended is logged now, at environment i's step of this round, unless a checkpoint came
-                # between.
+                # Act: T steps in every environment. The step after a game's end ignores its action and begins a new
+                # game, so it is not learned from. It shows in a frame number that falls. The old game is logged now,
+                # unless a checkpoint came between.
                 for t in range(num_steps):
                     actions, log_probs, values = act(agent, torch.from_numpy(obs).to(device))
                     envs.send(actions.numpy())
@@ -537,7 +538,7 @@ def train(args: Args) -> Path:
                 due = is_due(global_step, num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs = None  # new games after each checkpoint, not only in a resumed run: so both are the same
+                    obs, envs = None, make_envs(args, num_envs)  # all new, as in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -709,7 +710,8 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
     try:
         args = parse_args()
         if args.evaluate is None:
@@ -723,6 +725,10 @@ def main() -> None:
         fail(str(error), code=1)
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
+        if "allocate" not in str(error):
+            raise
+        fail(f"not enough memory: {error}")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 

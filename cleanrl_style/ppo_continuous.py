@@ -9,13 +9,13 @@ r"""Proximal policy optimisation (PPO) for flat observations and continuous acti
 
 Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
-         equation 16. Comments such as [D3] name what makes it work: the core details D1 to D12 and, for continuous
-         control, C1 to C9 of Huang et al. (2022), "The 37 implementation details of proximal policy optimization".
-Idea     Play T steps in N environments with the policy pi. Estimate how much better each action was than expected, then
-         go over these steps several times, and make the better actions more probable and the worse ones less. The steps
-         were taken by pi_old and tell little about a policy that is very different. So the loss no longer rewards
-         moving pi(a|s) further once its ratio to pi_old(a|s) is more than epsilon away from 1. What was expected is
-         V(s), a prediction of the discounted sum of rewards from s on, which is learned as well.
+         equation 16. Comments such as [D3] are the numbers of details in Huang et al. (2022), "The 37 implementation
+         details of proximal policy optimization": D1 to D12 at the core, C1 to C9 for continuous control.
+Idea     Play T steps in N environments with the policy pi. V(s), which is learned as well, predicts the discounted sum
+         of rewards from s on. Go over these steps several times, and make the actions that turned out better than V
+         expected more probable, the others less. The steps were taken by pi_old, the policy before these changes, and
+         tell little about one that is very different. So the loss no longer rewards moving pi(a|s) further once its
+         ratio to pi_old(a|s) is more than epsilon away from 1.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
              A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: all deltas from t on, discounted
@@ -79,7 +79,7 @@ class Args:
     num_envs: int = 4  # environments that are stepped side by side (N)
     num_steps: int = 512  # steps in each environment for one rollout (T)
     gamma: float = 0.9  # discount factor
-    gae_lambda: float = 0.95  # weight of later steps in an advantage (lambda); 0: one reward, then V; 1: all, then V
+    gae_lambda: float = 0.95  # how far an advantage looks before it trusts V (lambda); 0: one reward; 1: all to come
     num_minibatches: int = 32  # parts of a rollout, one gradient step for each
     update_epochs: int = 10  # times that a rollout is learned from
     norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
@@ -139,17 +139,12 @@ def make_envs(args: Args) -> list[gym.Env]:
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
         envs = [gym.make(args.env_id) for _ in range(args.num_envs)]
-        if args.capture_video:
-            if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
-                fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
-            os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-            envs[0] = gym.make(args.env_id, render_mode="rgb_array")
-            envs[0].reset()
-            frame = envs[0].render()  # now: what is missing for drawing should not come to light after the training
-            if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
-                fail(f"--capture-video: {args.env_id} does not draw arrays (H, W, 3) of uint8")
     except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"cannot make the environment {args.env_id!r}: {error}")
+    if args.capture_video:
+        if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
+            fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
+        envs[0] = drawable(args.env_id)
     obs_space, action_space = envs[0].observation_space, envs[0].action_space
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     if not (flat and isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1):
@@ -159,6 +154,20 @@ def make_envs(args: Args) -> list[gym.Env]:
     if envs[0].spec.max_episode_steps is None:
         envs = [gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS) for env in envs]
     return envs
+
+
+def drawable(env_id: str) -> gym.Env:
+    """The environment, made to be drawn. Draws it once: what is missing should not come to light after the training."""
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    try:
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset()
+        frame = env.render()
+    except Exception as error:  # graphics libraries fail in a dozen ways
+        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+    if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,) or frame.dtype != np.uint8:
+        fail(f"--capture-video: {env_id} does not draw arrays (H, W, 3) of uint8")
+    return env
 
 
 TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
@@ -239,7 +248,7 @@ def make_agent(args: Args, envs: list[gym.Env]) -> Agent:
 
 @torch.no_grad()
 def act(agent: Agent, obs: Tensor, greedy: bool = False) -> Tensor:
-    """Samples actions from pi(.|s), or takes the means: observations (N, O) -> (N, A), where -1 to 1 are the bounds."""
+    """Samples actions from pi(.|s), or takes the means: observations (N, O) -> (N, A), not yet clipped."""
     means = agent.actor(agent.normalize(obs)).cpu()
     if not math.isfinite(means.sum()):
         raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
@@ -251,7 +260,7 @@ def to_bounds(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndar
 
     Only the environment sees that. What is learned from is the action as it was sampled from pi.
     """
-    return (low + (actions.clip(-1, 1) + 1) / 2 * (high - low)).clip(low, high)  # the last against rounding
+    return (low + (actions.clip(-1, 1) + 1) / 2 * (high - low)).clip(low, high)  # the last clip is against rounding
 
 
 def log_prob_and_entropy(means: Tensor, log_deviations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,10 +294,10 @@ def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
     gae_lambda: float,
 ) -> Tensor:  # fmt: skip
-    """Generalised advantage estimation (2016, equation 16) [D5]: five of (T, N) -> A (T, N).
+    """Generalised advantage estimation (2016, equation 16) [D5]: five of (T, N) -> advantages (T, N).
 
     Where an episode terminated, nothing follows, and V(s_{t+1}) counts as 0. Where it was truncated, by a time limit,
-    V(s_{t+1}) stands for what would have followed. The sum over later steps stops at either.
+    V(s_{t+1}) stands for what would have followed. The sum over later steps stops at either, and after row T-1.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -310,8 +319,8 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
     """mean of (V - return)^2 / 2: three of (B,) -> scalar.
 
-    With a clip [D9], each error is the larger of that and the one that V would have, had it moved from V_old by no more
-    than the clip. It is not in the paper, and Engstrom et al. (2020) found no evidence that it helps.
+    With a clip [D9], the error is also computed for V held within the clip of V_old, and the larger of the two counts.
+    It is not in the paper. Engstrom et al. (2020), "Implementation matters in deep RL", found no sign that it helps.
     """
     errors = (values - returns).square()
     if clip_coef is not None:
@@ -327,8 +336,8 @@ class Batch(NamedTuple):
     actions: Tensor  # what was done then, (B, A)
     log_probs: Tensor  # log pi_old(a|s), (B,)
     values: Tensor  # V_old(s), (B,)
-    advantages: Tensor  # A, (B,)
-    returns: Tensor  # A + V_old(s): what V(s) should have been, (B,)
+    advantages: Tensor  # A_t, (B,)
+    returns: Tensor  # A_t + V_old(s): what V(s) should have been, (B,)
 
 
 @torch.no_grad()
@@ -369,7 +378,7 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
             "losses/policy_loss": loss_pi.detach(),
             "losses/value_loss": loss_v.detach(),
             "losses/entropy": entropy.detach(),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # from samples of pi_old: Schulman (2020)
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old || pi): joschu.net/blog/kl-approx.html
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
 
@@ -443,7 +452,7 @@ def train(args: Args) -> Path:
                     rows = np.array(obs, dtype=np.float32)
                     actions = act(agent, torch.from_numpy(rows).to(device)).numpy()
                     steps = [env.step(action) for env, action in zip(envs, to_bounds(actions, low, high))]
-                    obs, *outcome, _ = map(list, zip(*steps))
+                    obs, *outcome, _ = map(list, zip(*steps))  # outcome: rewards, terminated, truncated
                     rollout.append((rows, actions, np.array(obs, dtype=np.float32), *outcome))
                     for i, (reward, terminated, truncated) in enumerate(zip(*outcome)):
                         global_step += 1
@@ -480,7 +489,7 @@ def train(args: Args) -> Path:
                 due = is_due(global_step, args.num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs = None  # new episodes after each checkpoint, not only in a resumed run: so both are the same
+                    obs, envs = None, make_envs(args)  # all new, as in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -660,7 +669,8 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
     try:
         args = parse_args()
         if args.evaluate is None:
@@ -675,6 +685,10 @@ def main() -> None:
         fail(str(error), code=1)
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
+        if "allocate" not in str(error):
+            raise
+        fail(f"not enough memory: {error}")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 

@@ -13,13 +13,14 @@ Idea     Play whole episodes with the current policy pi(a|s), the probability of
          is a step up the gradient of J, the expected return of an episode. Nothing but the policy is learned.
 
              G_t    = r_t + gamma * G_{t+1}                           the return from step t on (3.9)
-             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient, for gamma = 1 (13.5, 13.10)
+             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient, for gamma = 1 (13.5, 13.10);
+                                                                      b_t, the baseline, is what is usual at step t
 
 Differs  Adam takes one step for several episodes together, with a learning rate that falls to 0. The baseline b_t is
          their mean return from the same step t on, and the differences are scaled to standard deviation 1. With
-         gamma < 1, later rewards, which are mostly noise to a_t, count less; the factor gamma^t that would make the
-         gradient exact again is left out, as in nearly all programs. A time limit counts as an end, since nothing here
-         estimates what would have followed: the agent learns to do well within the limit.
+         gamma < 1, later rewards, which are mostly noise to a_t, count less; the gradient of that discounted J has a
+         factor gamma^t more, which is left out, as in nearly all programs. A time limit counts as an end, since nothing
+         here estimates what would have followed: the agent learns to do well within the limit.
 Shapes   N episodes of an update; T steps of an episode; B steps of all N episodes together; O numbers of an
          observation; A actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
 Run      python reinforce_cartpole.py
@@ -115,17 +116,12 @@ def make_envs(args: Args) -> list[gym.Env]:
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
         envs = [gym.make(args.env_id) for _ in range(args.episodes_per_update)]
-        if args.capture_video:
-            if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
-                fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
-            os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-            envs[0] = gym.make(args.env_id, render_mode="rgb_array")
-            envs[0].reset()
-            frame = envs[0].render()  # now: what is missing for drawing should not come to light after the training
-            if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
-                fail(f"--capture-video: {args.env_id} does not draw arrays (H, W, 3) of uint8")
     except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"cannot make the environment {args.env_id!r}: {error}")
+    if args.capture_video:
+        if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
+            fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
+        envs[0] = drawable(args.env_id)
     obs_space, action_space = envs[0].observation_space, envs[0].action_space
     flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
     if not (flat and isinstance(action_space, gym.spaces.Discrete)):
@@ -133,6 +129,20 @@ def make_envs(args: Args) -> list[gym.Env]:
     if envs[0].spec.max_episode_steps is None:
         envs = [gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS) for env in envs]
     return envs
+
+
+def drawable(env_id: str) -> gym.Env:
+    """The environment, made to be drawn. Draws it once: what is missing should not come to light after the training."""
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    try:
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset()
+        frame = env.render()
+    except Exception as error:  # graphics libraries fail in a dozen ways
+        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+    if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,) or frame.dtype != np.uint8:
+        fail(f"--capture-video: {env_id} does not draw arrays (H, W, 3) of uint8")
+    return env
 
 
 class Policy(nn.Module):
@@ -223,13 +233,13 @@ def normalize_returns(returns: list[Tensor]) -> Tensor:
     b_t is how much is usually left to earn at step t. So a step is not judged bad merely for being late, and where all
     episodes went alike, the gradient is 0. A baseline that a_t cannot influence leaves the expected gradient as it is
     (13.10); this one contains 1/n of G_t itself, which scales the gradient of step t by 1 - 1/n: to 0 where only one
-    episode got that far. Dividing by the standard deviation of all B differences makes the step independent of the unit
-    of the rewards, at the price of a bias: a batch with a rare, large return is divided by more.
+    episode got that far. Dividing by the standard deviation of all B differences lets each batch count the same,
+    whatever its rewards' size, at the price of a bias: a batch with a rare, large return is divided by more.
     """
     lengths = torch.tensor([len(episode) for episode in returns])
     padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
     reached = torch.arange(padded.shape[1]) < lengths[:, None]  # (N, longest T), False after an episode's end
-    # Relative to the longest episode's, so that equal returns are exactly 0; the differences between episodes stay.
+    # First less the longest episode's returns, so that equal ones give exactly 0, without a rounding error.
     padded = (padded - padded[lengths.argmax()]) * reached
     baseline = padded.sum(0) / reached.sum(0)  # (longest T,)
     differences = (padded - baseline)[reached]  # (B,), episode after episode
@@ -304,8 +314,8 @@ def train(args: Args) -> Path:
                 obs = torch.from_numpy(np.array([row for episode in episodes for row in episode.obs]))
                 actions = torch.tensor([action for episode in episodes for action in episode.actions])
                 returns = [discounted_returns(episode.rewards, args.gamma) for episode in episodes]
-                weights = normalize_returns(returns) if args.normalize_returns else torch.cat(returns)
-                batch = (obs.to(device), actions.to(device), weights.to(device))
+                step_returns = normalize_returns(returns) if args.normalize_returns else torch.cat(returns)
+                batch = (obs.to(device), actions.to(device), step_returns.to(device))
                 metrics = update(policy, optimizer, *batch, len(episodes))
 
                 # Log, save.
@@ -325,6 +335,7 @@ def train(args: Args) -> Path:
                 due = is_due(global_step, len(actions), args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
+                    envs = make_envs(args)  # all new, as in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -479,7 +490,8 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
     try:
         args = parse_args()
         if args.evaluate is None:
@@ -494,6 +506,10 @@ def main() -> None:
         fail(str(error), code=1)
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
+        if "allocate" not in str(error):
+            raise
+        fail(f"not enough memory: {error}")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 
