@@ -57,6 +57,32 @@ def test_a_curve_is_the_mean_of_each_of_its_parts(resumed_run):
     assert points == [(60 * -(-step // 60), 0 if step <= 1_000 else 10) for step in range(100, 3_001, 100)]
 
 
+def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeypatch):
+    """Two seeds of a second each; the same command once more finds them finished."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learn, "HERE", tmp_path)
+    monkeypatch.setattr(plot, "RESULTS", tmp_path / "results")
+    flags = ["--seeds", "3-4", "--solved", "1", "--total-timesteps", "3000", "--episodes-per-update", "2"]
+    monkeypatch.setattr("sys.argv", ["learn.py", "reinforce_cartpole", *flags])
+    learn.main()
+    (record,) = (tmp_path / "results").iterdir()
+    first = record.read_text()
+    learn.main()
+    assert record.name == "reinforce_cartpole__CartPole-v1.csv" and record.read_text() == first
+    head, curves, evaluations = plot.read(record.stem)
+    assert head["command"] == (
+        "python cleanrl_style/reinforce_cartpole.py --total-timesteps 3000 --episodes-per-update 2 --seed SEED"
+    )
+    assert head["seeds"] == "3-4" and "torch" in head["versions"] and "median" in head["wall time"]
+    assert set(curves) == set(evaluations) == {3, 4} and all(points[-1][0] >= 3000 for points in curves.values())
+    kinds = [row["kind"] for row in plot.read_csv(record)[1] if row["kind"] != "train"]
+    assert kinds == ["eval", "last20", "solved"] * 2
+    folders = [next((tmp_path / "runs/learn/reinforce_cartpole__CartPole-v1" / seed).glob("*/")) for seed in "34"]
+    for folder, value in zip(folders, evaluations.values()):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        assert value == pytest.approx(events.Scalars("eval/episodic_return")[-1].value, rel=1e-5)
+
+
 def test_the_interval_of_the_mean_is_the_normal_one_where_there_are_many_seeds():
     values = np.random.default_rng(1).normal(5, 2, 400)
     low, high = plot.interval(values, 20_000)

@@ -547,12 +547,27 @@ def test_own_environment_in_the_current_folder(script, bench):
     assert result.lines[-1].startswith("runs/my_module-Line-v0__")
 
 
-def test_own_environment_that_cannot_be_drawn(script, bench):
+CANNOT_BE_DRAWN = {
+    "no mode": ("pass", "[]", "no render mode"),
+    "grey": ("return np.zeros((9, 9, 1), np.uint8)", "['rgb_array']", "(H, W, 3)"),
+    "flat": ("return np.zeros((9, 9), np.uint8)", "['rgb_array']", "(H, W, 3)"),
+    "numbers": ("return np.zeros((9, 9, 3))", "['rgb_array']", "uint8"),
+    "nothing": ("return None", "['rgb_array']", "(H, W, 3)"),
+    "no library": ("raise RuntimeError('no OpenGL')", "['rgb_array']", "no OpenGL"),
+}
+
+
+@pytest.mark.parametrize("way", CANNOT_BE_DRAWN)
+def test_own_environment_that_cannot_be_drawn(script, bench, way):
     if script.stem in PIXELS:
         pytest.skip("draws what the network sees")
-    (bench.folder / "my_module.py").write_text(OWN[script.stem][0])
+    body, modes, words = CANNOT_BE_DRAWN[way]
+    module = OWN[script.stem][0].replace("poison=False", "poison=False, render_mode=None")
+    drawing = f"    metadata = {{'render_modes': {modes}}}\n\n    def render(self):\n        {body}\n\n"
+    module = module.replace("    def reset", drawing + "    def reset", 1)
+    (bench.folder / "my_module.py").write_text(module)
     result = bench.run("--env-id", "my_module:Line-v0", "--capture-video")
-    is_refused(without_warnings(result), "--capture-video")
+    is_refused(without_warnings(result), "--capture-video", words)
     assert not (bench.folder / "runs").exists()
 
 
@@ -560,6 +575,17 @@ def without_warnings(result):
     """Gymnasium warns, on lines of its own, about what it finds odd in an environment."""
     result.err = "\n".join(line for line in result.err.splitlines() if "WARN" not in line and "logger" not in line)
     return result
+
+
+def test_resume_is_exact_where_an_environment_remembers(script, bench, tiny):
+    """BipedalWalker, for example, keeps its world when it is reset. Here it is the number of the episode that shows."""
+    module = OWN[script.stem][0].replace("super().reset(seed=seed)", "self.number = getattr(self, 'number', 0) + 1")
+    module = module.replace("self.x / 10", "self.x / 10 * self.number").replace("= 255", "= min(255, 5 * self.number)")
+    (bench.folder / "my_module.py").write_text(module)
+    arguments = "--env-id", "my_module:Line-v0", *tiny
+    whole, run_dir = bench.train(*arguments), kill_at(bench, arguments, 3, 0)
+    bench.train("--resume", run_dir)
+    assert same(learned(run_dir), learned(whole))
 
 
 # ---- NaN ------------------------------------------------------------------------------------------------------------

@@ -149,8 +149,8 @@ def main() -> None:
             rows.writerow([seed, step, f"{value:.6g}", "eval"])
             last = [event.value for event in events.Scalars("charts/episodic_return")[-20:]]
             rows.writerow([seed, step, f"{np.mean(last):.6g}", "last20"])
-            if ours.solved is not None and (found := solved(events, clock(run_dir), ours.solved)):
-                rows.writerow([seed, found[0], f"{found[1]:.2f}", "solved"])
+            if ours.solved is not None and (reached := solved(events, clock(run_dir), ours.solved)):
+                rows.writerow([seed, reached[0], f"{reached[1]:.2f}", "solved"])
     print(record)
 
 
