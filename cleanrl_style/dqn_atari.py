@@ -19,14 +19,14 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          Q_target is a copy of the network from a while ago, so that the network does not chase a target that moves with
          its every step. With probability epsilon, which decays, an action is random, or nothing new would be tried.
 Differs  Adam in place of RMSProp, and an initialisation that lets the signal through (He et al. 2015). The target
-         network is copied every 250 gradient steps, not every 10,000; exploration ends at 1%, not 10%. N games are
-         played side by side, and every 4 steps, of all games together, are followed by one gradient step. Where only a
-         time limit ends a game, y counts what would have followed. Ale-py's vector environment cannot be saved, so each
-         checkpoint begins new games, and those being played are never scored. As in the paper, the learner sees only
-         a reward's sign, and takes the loss of a life for an end; what is logged are whole games' true scores. With
-         --norm-obs, pixels are normalised by running statistics of those in the buffer: moving things stand out. The
-         buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which must fit
-         into memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
+         network is copied every 250 gradient steps, not every 10,000; epsilon falls from the first step on, to 1%, not
+         10%. N games are played side by side, and every 4 steps, of all games together, are followed by one gradient
+         step. Where only a time limit ends a game, y counts what would have followed. Ale-py's vector environment
+         cannot be saved, so each checkpoint begins new games, and those being played are never scored. As in the paper,
+         the learner sees only a reward's sign, and takes the loss of a life for an end; what is logged are whole games'
+         true scores. With --norm-obs, pixels are normalised by running statistics of those in the buffer: moving things
+         stand out. The buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default,
+         which must fit into memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
 Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py

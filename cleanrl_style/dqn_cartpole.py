@@ -18,11 +18,11 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
          Q_target is a copy of the network from a while ago, so that the network does not chase a target that moves with
          its every step. With probability epsilon, which decays, an action is random, or nothing new would be tried.
-Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that the policy settles; the plain square of
-         the error; a small network, as there are no pixels. N environments are stepped side by side, and all begin new
-         episodes at a checkpoint, since Gymnasium cannot save an environment's state. Where only a time limit ends an
-         episode, y still counts what would have followed. With --norm-obs, observations are normalised by running
-         statistics of what is in the buffer.
+Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that the policy settles; epsilon falls from
+         the first step on; the plain square of the error; a small network, as there are no pixels. N environments are
+         stepped side by side, and all begin new episodes at a checkpoint, since Gymnasium cannot save an environment's
+         state. Where only a time limit ends an episode, y still counts what would have followed. With --norm-obs,
+         observations are normalised by running statistics of what is in the buffer.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; A actions.
 Run      python dqn_cartpole.py
          python dqn_cartpole.py --env-id MountainCar-v0 --total-timesteps 200000 --num-envs 1 --learning-rate 4e-3 \
@@ -31,8 +31,8 @@ Run      python dqn_cartpole.py
          python dqn_cartpole.py --env-id Acrobot-v1 --num-envs 1 --learning-rate 6.3e-4 --buffer-size 50000 \
              --target-network-frequency 250 --batch-size 128 --end-e 0.1 --exploration-fraction 0.12 \
              --train-frequency 4 --gradient-steps 4 --hidden-size 256
-         The settings of the last two are RL Zoo's, but for the loss, the falling learning rate, --learning-starts on
-         Acrobot and, on MountainCar, more steps and a buffer for all of them.
+         The settings of the last two are RL Zoo's, but for the loss, the falling learning rate, gradients that are not
+         cut, --learning-starts on Acrobot and, on MountainCar, more steps and a buffer for all of them.
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
          one core of an AMD EPYC that had other work, too, start-up and evaluation included:
              CartPole-v1     488.6 (386.4 to 500.0)    100k steps    60 s   nine seeds of ten reached 500.0

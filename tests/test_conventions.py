@@ -410,7 +410,7 @@ def test_readme_and_docstrings_say_what_the_records_say():
     assert plot.records()
     assert plot.with_tables(README) == README, "python tests/benchmarks/plot.py writes the tables"
     assert plot.speed_page() == (plot.RESULTS / "speed.md").read_text()
-    assert f"{plot.times_the_tutorial()} as many steps a second as the usual tutorial's" in " ".join(README.split())
+    assert f"{plot.times_the_tutorial()} as many steps a second as a typical tutorial's" in " ".join(README.split())
     for record in plot.records():
         docstring = " ".join(ast.get_docstring(ast.parse(SOURCES[record.split("__")[0] + ".py"])).split())
         assert plot.summary(record) in docstring, f"{record}: {plot.summary(record)}"
