@@ -176,7 +176,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
                 args.env_id, num_envs, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
                 repeat_action_probability=args.sticky_actions,
             )  # fmt: skip
-        envs = OwnEnvs(gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", wrappers=[limit]))
+        envs = OwnEnvs(lambda: gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", wrappers=[limit]))
     except (gym.error.Error, ImportError, ValueError) as error:
         meant = f"; the game is ALE/{args.env_id}" if f"ALE/{args.env_id}" in gym.registry else ""
         fail(f"cannot make the environment {args.env_id!r}: {error}{meant}")
@@ -213,7 +213,12 @@ def limit(env: gym.Env) -> gym.Env:
 class OwnEnvs(gym.vector.VectorWrapper):
     """Gives your own environments what the emulators have: `send`, `recv`, and a frame number, 0 in a new game."""
 
+    def __init__(self, make):
+        super().__init__(make())
+        self.make = make
+
     def reset(self, **keywords):
+        self.env = self.make()  # a new one: some remember more than `reset` clears
         obs, info = self.env.reset(**keywords | {"seed": [int(seed) for seed in keywords["seed"]]})
         self.ended, self.frame_numbers = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, int)
         return obs, info | {"episode_frame_number": self.frame_numbers}
@@ -587,7 +592,7 @@ def train(args: Args) -> Path:
                     # One row more, with the last observations. The games are cut, so nothing comes of it: not valid.
                     buffer.add(obs, lengths, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
                     save()
-                    obs, envs = None, make_envs(args, num_envs)  # all new, as in a resumed run: so both are the same
+                    obs = None  # new games after each checkpoint, not only in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 

@@ -423,7 +423,7 @@ def train(args: Args) -> Path:
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
                 if is_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
                     save()
-                    obs, envs = None, make_envs(args)  # all new, as in a resumed run: so both are the same
+                    obs, envs = None, make_envs(args)  # all new, not only in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 

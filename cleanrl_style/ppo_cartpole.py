@@ -470,7 +470,7 @@ def train(args: Args) -> Path:
                 due = is_due(global_step, args.num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs, envs = None, make_envs(args)  # all new, as in a resumed run: so both are the same
+                    obs, envs = None, make_envs(args)  # all new, not only in a resumed run: so both are the same
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
