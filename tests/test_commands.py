@@ -561,6 +561,8 @@ CANNOT_BE_DRAWN = {
 def test_own_environment_that_cannot_be_drawn(script, bench, way):
     if script.stem in PIXELS:
         pytest.skip("draws what the network sees")
+    if script.stem != QUICKEST and way not in ("no mode", "no library"):
+        pytest.skip("the code is the same in all")
     body, modes, words = CANNOT_BE_DRAWN[way]
     module = OWN[script.stem][0].replace("poison=False", "poison=False, render_mode=None")
     drawing = f"    metadata = {{'render_modes': {modes}}}\n\n    def render(self):\n        {body}\n\n"
