@@ -265,6 +265,16 @@ def test_a_terminal_without_unicode_is_no_reason_to_end(bench, tiny):
     assert "Evaluation: return" in bench.run(*tiny).out
 
 
+@pytest.mark.slow
+def test_no_standard_output_is_no_reason_to_end(bench, tiny):
+    """Closed, as by some services; in a notebook, it is a stream of another kind."""
+    command = ["sh", "-c", '"$@" >&-', "sh", *bench.command(*tiny)]
+    result = subprocess.run(command, cwd=bench.folder, env=bench.environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    (run_dir,) = (bench.folder / "runs").iterdir()
+    assert "eval/episodic_return" in scalars(run_dir)
+
+
 def test_a_bar_in_a_log_file_is_short(reference):
     assert len(reference.result.err) < 2000
 
@@ -691,6 +701,7 @@ OWN_BAD_ARGUMENTS = {
     "dqn_cartpole": [
         *REPLAY,
         ("--hidden-size 0", "--hidden-size"),
+        ("--hidden-size 1000000", "not enough memory"),
         ("--buffer-size 1000000000000", "--buffer-size"),
     ],
     "dqn_atari": [
@@ -713,6 +724,7 @@ OWN_BAD_ARGUMENTS = {
     "ppo_continuous": PPO,
     "ppo_atari": [
         *PPO,
+        ("--num-steps 100000000", "not enough memory"),
         ("--env-id ALE/Breakot-v5", "Breakout"),  # names the nearest
         ("--env-id ALE/Combat-v5", "Combat"),  # two players
         ("--sticky-actions 2", "--sticky-actions"),
