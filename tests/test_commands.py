@@ -590,11 +590,17 @@ def without_warnings(result):
 
 
 def test_resume_is_exact_where_an_environment_remembers(script, bench, tiny):
-    """BipedalWalker, for example, keeps its world when it is reset. Here it is the number of the episode that shows."""
+    """BipedalWalker, for example, keeps its world when it is reset. Here it is the number of the episode that shows.
+
+    In every second one, it is left that pays, so that no policy is ever content, and learns no more.
+    """
     module = OWN[script.stem][0].replace("super().reset(seed=seed)", "self.number = getattr(self, 'number', 0) + 1")
     module = module.replace("self.x / 10", "self.x / 10 * self.number").replace("= 255", "= min(255, 5 * self.number)")
+    module = re.sub(r"float\((action.*?)\), False", r"float((\1) == self.number % 2), False", module)
+    assert module.count("self.number") == 3
     (bench.folder / "my_module.py").write_text(module)
-    arguments = "--env-id", "my_module:Line-v0", *tiny
+    steps = total_timesteps(tiny) * (5 if script.stem == QUICKEST else 1)  # not at its end before it is killed
+    arguments = "--env-id", "my_module:Line-v0", *tiny, "--total-timesteps", steps
     whole, run_dir = bench.train(*arguments), kill_at(bench, arguments, 3, 0)
     bench.train("--resume", run_dir)
     assert same(learned(run_dir), learned(whole))
