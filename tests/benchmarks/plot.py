@@ -41,7 +41,7 @@ PUBLISHED = {
     "ppo_atari__ALE-Breakout-v5": "CleanRL 414.7, Zoo 398 (10M)",
 }
 # Records of other settings have a name with one of these at its end; in the table it means:
-VARIANTS = {"-textbook": ", textbook form", "-uncut": ", gradients not cut, constant learning rate"}
+VARIANTS = {"-textbook": ", textbook form", "-uncut": ", gradients not cut, constant learning rate", "-float32": ", float32"}
 COLORS = {"reinforce": ("REINFORCE", "tab:green"), "dqn": ("DQN", "tab:orange"), "ppo": ("PPO", "tab:blue")}
 
 # Mean training return of Dopamine's DQN on Breakout, with sticky actions, over 5 seeds, in each 250k steps, of which the
