@@ -844,7 +844,7 @@ class FixedGames(script.OwnEnvs):
     """Environment n plays games of n + 1 steps, and each step of its game g pays 10 to the power of g."""
 
     def __init__(self, num_envs):
-        super().__init__(gym.make_vec("Scripted-v0", num_envs))
+        super().__init__(lambda: gym.make_vec("Scripted-v0", num_envs))
         self.n = np.arange(num_envs)
 
     def recv(self):

@@ -374,6 +374,11 @@ def train(tmp_path, **settings):
     """Runs in this process; returns the final checkpoint and the scalars as {tag: [(step, value), ...]}."""
     Diary.made.clear()
     run_dir = script.train(script.Args(**FEW | settings, runs_dir=str(tmp_path)))
+    count = (FEW | settings)["num_envs"]
+    for i, env in enumerate(Diary.made[count:]):  # after each checkpoint new environments, which go on with the diaries
+        Diary.made[i % count].steps += env.steps
+        Diary.made[i % count].seeds += env.seeds
+    del Diary.made[count:]
     return state_of(run_dir), scalars_of(run_dir)
 
 

@@ -3,8 +3,12 @@
 import re
 
 import pytest
+import torch
 from conftest import ROOT, Bench
 
+BFLOAT16 = pytest.mark.skipif(
+    not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(), reason="takes minutes without instructions for it"
+)
 
 def final_return(result):
     assert result.code == 0, result
@@ -135,7 +139,10 @@ gym.register("Catch-v0", entry_point=Catch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--precision float32", "--double-q --precision bfloat16 --loss squared --tau 0.5"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--precision float32", pytest.param("--double-q --precision bfloat16 --loss squared --tau 0.5", marks=BFLOAT16)],
+)
 def test_dqn_learns_to_catch_from_pixels(tmp_path, flags):
     """Atari games take hours; this one has as many pixels, and its best return, 1, is known. Chance gets about -0.5."""
     bench = Bench(ROOT / "cleanrl_style" / "dqn_atari.py", tmp_path)
@@ -215,7 +222,9 @@ def test_ppo_aims_with_actions_of_different_bounds(tmp_path, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--precision float32", "--precision bfloat16 --norm-obs --no-clip-vloss"])
+@pytest.mark.parametrize(
+    "flags", ["--precision float32", pytest.param("--precision bfloat16 --norm-obs --no-clip-vloss", marks=BFLOAT16)]
+)
 def test_ppo_learns_to_catch_from_pixels(tmp_path, flags):
     bench = Bench(ROOT / "cleanrl_style" / "ppo_atari.py", tmp_path)
     (tmp_path / "catch.py").write_text(CATCH)
