@@ -35,10 +35,10 @@ Run      python ppo_atari.py
          python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --num-envs 32 --num-minibatches 8 \
              --update-epochs 3 --learning-rate 5e-4 --no-anneal-lr --clip-coef 0.2 --no-clip-vloss --norm-obs \
              --checkpoint-frequency 200000
-Expect   10 games after training, actions sampled, mean over seeds 1 to 3 (worst to best), on two cores of an AMD EPYC:
-             Pong with these flags    19.6 (19.3 to 19.7)   14 min   18.8 to 19.4 in the last 20 training games
-             without bfloat16         19.4 (19.1 to 19.9)   24 min   18.1 to 19.2 in the last 20 training games
-         Breakout, 1M steps, with --anneal-lr --checkpoint-frequency 100000, no bfloat16, seed 1 alone: 54.0, in 42 min
+Expect   10 games after training, actions sampled, mean over seeds 1 to 3 (worst to best), median time on two cores:
+             Pong, in bfloat16       19.6 (19.3 to 19.7)   14 min   18.8 to 19.4 in the last 20 training games
+             in float32, older CPU   19.4 (19.1 to 19.9)   24 min   18.1 to 19.2 in the last 20 training games
+         Breakout, 1M steps, float32, Pong's flags but --anneal-lr --checkpoint-frequency 100000, seed 1: 54.0, 42 min
 """
 
 import math

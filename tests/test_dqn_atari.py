@@ -910,6 +910,11 @@ def test_memory_and_disk_are_checked_before_anything_is_made(tmp_path, capsys, m
         train(tmp_path, capsys)
     assert "of disk" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**18}))
+    monkeypatch.setattr(script.Path, "read_text", lambda _: "MemFree: 9 kB\n")  # of WSL 1, which does not say
+    script.refuse_too_large(script.Args(runs_dir=str(tmp_path)))
+    with monkeypatch.context() as patches:  # a drive of Windows that does not exist: make_run_dir says so
+        patches.setattr(script.Path, "exists", lambda _: False)
+        script.refuse_too_large(script.Args(runs_dir=str(tmp_path)))
     monkeypatch.setattr(script.Path, "read_text", lambda _: "MemFree: 9 kB\nMemAvailable:    1000 kB\n")
     with pytest.raises(SystemExit):
         train(tmp_path, capsys)
