@@ -1,11 +1,16 @@
 """What all the tests share: where the scripts are, and how to run one as a user does."""
 
+import functools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported; -n 2 has a test for each of two cores
 
 import pytest
 from tensorboard.summary.writer import event_file_writer
@@ -33,12 +38,19 @@ def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 class Result:
     """What a user sees of a command that has ended."""
 
-    def __init__(self, process: subprocess.CompletedProcess) -> None:
-        self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
-        self.lines = self.out.splitlines()
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err, self.lines = code, out, err, out.splitlines()
 
     def __repr__(self) -> str:
         return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+@functools.cache
+def fork_server() -> subprocess.Popen:
+    """One for all tests of this process; it ends when its standard input does."""
+    command = [sys.executable, Path(__file__).with_name("fork_server.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=os.environ | {"PYTHONPATH": ""})
 
 
 class Bench:
@@ -53,13 +65,24 @@ class Bench:
     def command(self, *arguments: object) -> list[str]:
         return [sys.executable, self.script.name, *map(str, arguments)]
 
-    def run(self, *arguments: object, timeout: float = 120) -> Result:
-        return Result(
-            subprocess.run(
+    def run(self, *arguments: object, timeout: int = 300, forked: bool = True) -> Result:
+        """Runs to the end, or fails after the timeout in seconds. A fork saves the import of PyTorch."""
+        if not forked:
+            done = subprocess.run(
                 self.command(*arguments), cwd=self.folder, env=self.environment, timeout=timeout,
                 capture_output=True, text=True, stdin=subprocess.DEVNULL,
             )  # fmt: skip
-        )
+            return Result(done.returncode, done.stdout, done.stderr)
+        server = fork_server()
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            call = {
+                "script": self.script.name, "arguments": list(map(str, arguments)), "folder": str(self.folder),
+                "environment": self.environment, "out": out.name, "err": err.name, "timeout": timeout,
+            }  # fmt: skip
+            print(json.dumps(call), file=server.stdin, flush=True)
+            result = Result(int(server.stdout.readline()), out.read(), err.read())
+        assert result.code != -signal.SIGALRM, f"takes longer than {timeout} s: {arguments}"
+        return result
 
     def train(self, *arguments: object) -> Path:
         """Runs to the end and returns the run's folder, which the last line names."""

@@ -296,7 +296,7 @@ def test_rule_finds_two_scripts_that_differ(rule, pattern, replacement):
 """),
     ("ppo_continuous", "make_batch", """
 -    \"\"\"What there is to learn from a rollout: obs, next_obs (T, N, O) and four of (T, N) -> T * N rows.
-+    \"\"\"What there is to learn from a rollout: obs, next_obs (T, N, O), actions (T, N, A), three of (T, N) -> T * N rows.
++    \"\"\"What there is to learn from a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N) -> T * N rows.
 -    logits, values = agent(obs)
 +    means, values = agent(obs)
 -    log_probs, _ = log_prob_and_entropy(logits, actions)
@@ -424,5 +424,5 @@ def test_ci_finds_the_command_in_the_readme_and_nothing_else(tmp_path):
     (line,) = (line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("command="))
     found = subprocess.run(["bash", "-c", f'{line}; echo "$command"'], cwd=tmp_path, capture_output=True, text=True).stdout
     assert [step.strip(" &") for step in found.split("\n") if step][1:] == [
-        "pip install -r tests/requirements.txt", "python -m pytest tests"
+        "pip install -r tests/requirements.txt", "python -m pytest tests -n 2"
     ]  # fmt: skip

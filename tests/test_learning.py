@@ -150,7 +150,7 @@ def test_dqn_learns_to_catch_from_pixels(tmp_path, flags):
     result = bench.run(
         "--env-id", "catch:Catch-v0", "--total-timesteps", 8000, "--buffer-size", 8000, "--learning-starts", 500,
         "--learning-rate", 5e-4, "--exploration-fraction", 0.5, "--target-network-frequency", 400, "--batch-size", 16,
-        "--eval-episodes", 100, "--eval-epsilon", 0, *flags.split(), timeout=300,
+        "--eval-episodes", 100, "--eval-epsilon", 0, *flags.split(), timeout=600,
     )  # fmt: skip
     assert final_return(result) >= 0.9
 
@@ -230,6 +230,6 @@ def test_ppo_learns_to_catch_from_pixels(tmp_path, flags):
     (tmp_path / "catch.py").write_text(CATCH)
     result = bench.run(
         "--env-id", "catch:Catch-v0", "--total-timesteps", 20_000, "--num-steps", 32, "--learning-rate", 1e-3,
-        "--clip-coef", 0.2, "--eval-episodes", 100, *flags.split(), timeout=300,
+        "--clip-coef", 0.2, "--eval-episodes", 100, *flags.split(), timeout=600,
     )  # fmt: skip
     assert final_return(result) >= 0.9
