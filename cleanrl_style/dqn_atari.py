@@ -9,7 +9,7 @@ r"""Deep Q-learning (DQN) from pixels, for Atari games.
 Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
          van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
 Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
-         and take the action of the largest. What Q should be follows from what came a step later (Bellman's equation):
+         and take the action of largest Q. What Q should be follows from what came a step later (Bellman's equation):
 
              y    = r + gamma * max_a' Q_target(s', a')              the target; y = r if the episode terminated in s'
              y    = r + gamma * Q_target(s', argmax_a' Q(s', a'))    that of double Q-learning (--double-q)
@@ -20,14 +20,14 @@ Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in 
          its every step. With probability epsilon, which decays, an action is random, or nothing new would be tried.
 Differs  Adam in place of RMSProp, and an initialisation that lets the signal through (He et al. 2015). The target
          network is copied every 250 gradient steps, not every 10,000; epsilon falls from the first step on, to 1%, not
-         10%. N games are played side by side, and every 4 steps, of all games together, are followed by one gradient
-         step. Where only a time limit ends a game, y counts what would have followed. Ale-py's vector environment
-         cannot be saved, so each checkpoint begins new games, and those being played are never scored. As in the paper,
-         the learner sees only a reward's sign, and takes the loss of a life for an end; what is logged are whole games'
-         true scores. With --norm-obs, pixels are normalised by running statistics of those in the buffer: moving things
-         stand out. The buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default,
-         which must fit into memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
-Shapes   N environments; B transitions of a batch; A actions; R rows of the buffer. Row t of the buffer is the step from
+         10%. N games are played side by side, with one gradient step for every 4 of their steps. Where only a time
+         limit ends a game, y counts what would have followed. Ale-py's vector environment cannot be saved, so each
+         checkpoint begins new games, and those being played are never scored. As in the paper, the learner sees only a
+         reward's sign, and takes the loss of a life for an end; what is logged are whole games' true scores. With
+         --norm-obs, pixels are normalised by running statistics of those in the buffer: moving things stand out. The
+         buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which must fit
+         into memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
+Shapes   N environments; B transitions of a batch; K actions; R rows of the buffer. Row t of the buffer is the step from
          t to t+1 in each environment. One step is four frames of the game.
 Run      python dqn_atari.py
          python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --norm-obs --double-q --buffer-size 100000 \
@@ -72,7 +72,7 @@ SCRIPT = "dqn_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations that --norm-obs takes in before each update of the target network, when y changes anyway
+SAMPLE = 1_000  # observations that --norm-obs takes in, first of all and before each update of the target network
 MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
@@ -115,7 +115,7 @@ class Args:
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 10  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture
+    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -140,7 +140,7 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
-        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # 8 rows: 4 cannot be drawn
+        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # 7 rows by then, of which 4 cannot be drawn
             raise ValueError("--learning-starts must be at least --batch-size, and 8 times --num-envs")
         if self.buffer_size < self.learning_starts:
             raise ValueError(f"--buffer-size must be at least --learning-starts, not {self.buffer_size}")
@@ -161,13 +161,13 @@ HOUSEKEEPING = {
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """N games. Their observations are the last four frames, (N, 4, 84, 84) of uint8, the newest last, 0 before a start.
+    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last; 0 for those before the game.
 
     The emulators run in native code, in threads of their own: `send` gives them their actions, `recv` waits for what
-    came of them, in new arrays. They wait for a random time at a game's start (no-ops), repeat each action for four
-    frames (frame skip), press FIRE where a game begins only then, shrink frames to 84 x 84, and stack them. With
-    life_loss_info, `terminated` is True when a life is lost, too, and the game goes on. When the game is over, the next
-    step ignores its action and begins a new one.
+    came of them, in new arrays. They wait for a random time at a game's start (no-ops), press FIRE where a game begins
+    only then, repeat each action for four frames (frame skip), take the brighter of the last two for each pixel, in
+    grey, shrink that to 84 x 84, and stack it. With life_loss_info, `terminated` is True when a life is lost, too, and
+    the game goes on. When it is over, the next step ignores its action and begins a new one.
     """
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
@@ -285,7 +285,7 @@ class QNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)  # the faster order in memory: the 4 frames of a pixel side by side
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Frames (B, 4, 84, 84) of uint8 -> Q(s, .) (B, A) in float32."""
+        """Frames (B, 4, 84, 84) of uint8 -> Q(s, .) (B, K) in float32."""
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
         pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype)
         if self.obs_statistics is None:
@@ -298,7 +298,7 @@ class QNetwork(nn.Module):
             pixels.sub_(mean.to(dtype)).div_((variance + 1e-8).sqrt().to(dtype)).clamp_(-10, 10)
         with torch.autocast(obs.device.type, dtype, enabled=self.bfloat16):
             features = self.features(pixels)
-        return self.head(features.float())  # bfloat16 has 3 digits, too few for the small differences between actions
+        return self.head(features.float())  # bfloat16 has 2 digits, too few for the small differences between actions
 
 
 def make_network(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> QNetwork:
@@ -332,10 +332,10 @@ def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
 def td_target(
     rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, next_q_online: Tensor | None = None
 ) -> Tensor:
-    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
+    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, K) -> (B,).
 
     next_q is Q_target(s', .). The maximum of noisy estimates is too high on average. So in double Q-learning, the
-    Q-network's own Q(s', .), next_q_online, chooses a', and next_q values it: too high only if both overestimate a'.
+    Q-network's own Q(s', .), next_q_online, chooses a', and next_q, whose noise had no say in that, values it.
     """
     best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
@@ -394,7 +394,7 @@ class ReplayBuffer:
     Row t is the step from t to t+1: the newest frame of observation t, the action, and what came of it. The three older
     frames of observation t are in the rows before, the newest one of observation t+1 is in the row after. So a row can
     be drawn only while the row after it and the three before it are there. `ages` says how many steps of its game came
-    before a row, or 4 if there were more; frames from before the game are drawn as 0. `valid` is False where a row
+    before a row, or 3 if there were more; frames from before the game are drawn as 0. `valid` is False where a row
     holds no step, only the last observation of a game that ended, or was cut by a checkpoint.
 
     A checkpoint leaves out the frames, which are gigabytes, but a run that resumes from it must find them as they were.
@@ -413,7 +413,8 @@ class ReplayBuffer:
                 else:
                     file.truncate(math.prod(shape))
         elif not path.is_file() or path.stat().st_size != math.prod(shape):
-            fail(f"{path} is missing, or not as large as --buffer-size says; a run without it can only be evaluated")
+            fail(f"{path} is missing, or not of the size that --buffer-size and --num-envs give; a run without it can "
+                 "only be evaluated")  # fmt: skip
         self.file = np.memmap(path, np.uint8, "r+", shape=shape)
         self.frames = torch.from_numpy(self.file)
         self.actions = torch.zeros(num_rows, num_envs, dtype=torch.uint8)
@@ -437,18 +438,18 @@ class ReplayBuffer:
             if self.overwritten.write(self.file[row]) != self.file[row].nbytes:
                 raise OSError(f"the disk of {self.run_dir} is full")
         self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
-        values = actions, np.sign(rewards), terminated, np.minimum(ages, STACK), valid
-        for name, column in zip(self.COLUMNS, values):
-            getattr(self, name)[row] = torch.from_numpy(column)
+        values = actions, np.sign(rewards), terminated, np.minimum(ages, STACK - 1), valid
+        for name, value in zip(self.COLUMNS, values):
+            getattr(self, name)[row] = torch.from_numpy(value)
         self.rows_written += 1
 
     def sample(self, batch_size: int) -> Batch:
         """B transitions, all equally likely; not from the newest row and the three oldest, which may lack frames."""
         count = min(self.rows_written, self.num_rows) - STACK
-        oldest = self.rows_written - 1 - count
+        first = self.rows_written - 1 - count
         rows = envs = torch.empty(0, dtype=torch.int64)
         while len(rows) < batch_size:
-            new_rows = (oldest + torch.randint(count, (batch_size,))) % self.num_rows
+            new_rows = (first + torch.randint(count, (batch_size,))) % self.num_rows
             new_envs = torch.randint(self.num_envs, (batch_size,))
             valid = self.valid[new_rows, new_envs]
             rows, envs = torch.cat([rows, new_rows[valid]]), torch.cat([envs, new_envs[valid]])
@@ -468,14 +469,13 @@ class ReplayBuffer:
             self.overwritten.close()
         self.saved_rows = self.rows_written
         self.overwritten = open(self.run_dir / f"replay.overwritten-{self.saved_rows}", "wb", buffering=0)
-        columns = {name: getattr(self, name)[: self.rows_written] for name in self.COLUMNS}
-        return {"rows_written": self.rows_written} | columns
+        return {"rows_written": self.rows_written} | {name: getattr(self, name) for name in self.COLUMNS}
 
     def load_state_dict(self, state: dict) -> None:
         """Puts back what `state_dict` gave, and the frames that have been overwritten since."""
         self.rows_written = state["rows_written"]
         for name in self.COLUMNS:
-            getattr(self, name)[: self.rows_written] = state[name]
+            getattr(self, name).copy_(state[name])
         path, row_shape = self.run_dir / f"replay.overwritten-{self.rows_written}", self.file.shape[1:]
         if not path.is_file():
             fail(f"{path} is missing: this run can be evaluated, but not resumed")
@@ -494,7 +494,7 @@ class ReplayBuffer:
 def refuse_too_large(args: Args) -> None:
     """A buffer that does not fit is refused at once, not when it fills up, hours later."""
     size, later = args.buffer_size, max(0, args.total_timesteps - args.buffer_size)
-    overwritten = min(args.checkpoint_frequency or later, later, size)  # what the second file may have to hold
+    overwritten = min(args.checkpoint_frequency or later, later, size)  # what the second file holds, at most
     runs_dir = Path(args.resume or args.runs_dir).resolve()  # where the run's folder is, or will be
     folder = next((path for path in (runs_dir, *runs_dir.parents) if path.exists()), ".")
     room = [(f"disk in {folder}", (size if args.resume is None else 0) + overwritten, shutil.disk_usage(folder).free)]
@@ -548,13 +548,13 @@ def train(args: Args) -> Path:
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
                 # Act.
-                decay = args.exploration_fraction * args.total_timesteps
-                epsilon = linear_epsilon(global_step, args.start_e, args.end_e, decay)
+                duration = args.exploration_fraction * args.total_timesteps
+                epsilon = linear_epsilon(global_step, args.start_e, args.end_e, duration)
                 actions = select_actions(q_network, torch.from_numpy(obs).to(device), epsilon)
                 envs.send(actions.numpy())
                 global_step += num_envs
 
-                # Learn, while the emulators step: what is due at each of these N steps, as if they had come one by one.
+                # Learn, while the emulators step: the gradient steps and target updates that fall due in these N steps.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(newest_frames(buffer.sample(SAMPLE).obs).to(device))
@@ -592,7 +592,7 @@ def train(args: Args) -> Path:
                     # One row more, with the last observations. The games are cut, so nothing comes of it: not valid.
                     buffer.add(obs, lengths, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
                     save()
-                    obs = None  # new games after each checkpoint, not only in a resumed run: so both are the same
+                    obs = None  # new games, as in a resumed run, so that both go on alike
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -674,7 +674,7 @@ def make_run_dir(args: Args) -> Path:
 
 
 def settings(args: Args) -> dict:
-    """The arguments that belong to the run, and not to this call of the program."""
+    """All arguments but --resume and --evaluate, which are this call's alone."""
     return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
 
 
@@ -700,7 +700,7 @@ def log_evaluation(
 
 
 def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file it is a line now and then."""
+    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
@@ -739,7 +739,7 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
     changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
@@ -749,7 +749,7 @@ def refuse_changes(args: Args, saved: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?")
     finder.add_argument("--evaluate", nargs="?")
@@ -758,7 +758,7 @@ def parse_args() -> Args:
     if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])
+    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ r"""Deep Q-learning (DQN) for flat observations and discrete actions.
 Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
          van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
 Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
-         and take the action of the largest. What Q should be follows from what came a step later (Bellman's equation):
+         and take the action of largest Q. What Q should be follows from what came a step later (Bellman's equation):
 
              y    = r + gamma * max_a' Q_target(s', a')              the target; y = r if the episode terminated in s'
              y    = r + gamma * Q_target(s', argmax_a' Q(s', a'))    that of double Q-learning (--double-q)
@@ -23,7 +23,7 @@ Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that
          stepped side by side, and all begin new episodes at a checkpoint, since Gymnasium cannot save an environment's
          state. Where only a time limit ends an episode, y still counts what would have followed. With --norm-obs,
          observations are normalised by running statistics of what is in the buffer.
-Shapes   N environments; B transitions of a batch; O numbers of an observation; A actions.
+Shapes   N environments; B transitions of a batch; O numbers of an observation; K actions.
 Run      python dqn_cartpole.py
          python dqn_cartpole.py --env-id MountainCar-v0 --total-timesteps 200000 --num-envs 1 --learning-rate 4e-3 \
              --buffer-size 200000 --gamma 0.98 --target-network-frequency 600 --batch-size 128 --end-e 0.07 \
@@ -64,7 +64,7 @@ from tqdm import tqdm
 SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
 MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations that --norm-obs takes in before each update of the target network, when y changes anyway
+SAMPLE = 1_000  # observations that --norm-obs takes in, first of all and before each update of the target network
 MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
 RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
 
@@ -100,7 +100,7 @@ class Args:
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 100  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture
+    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -218,7 +218,7 @@ class QNetwork(nn.Module):
         )  # fmt: skip
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Observations (B, O) -> Q(s, .) (B, A)."""
+        """Observations (B, O) -> Q(s, .) (B, K)."""
         if self.obs_statistics is not None:
             mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
             obs = ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)
@@ -252,10 +252,10 @@ def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
 def td_target(
     rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, next_q_online: Tensor | None = None
 ) -> Tensor:
-    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, A) -> (B,).
+    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, K) -> (B,).
 
     next_q is Q_target(s', .). The maximum of noisy estimates is too high on average. So in double Q-learning, the
-    Q-network's own Q(s', .), next_q_online, chooses a', and next_q values it: too high only if both overestimate a'.
+    Q-network's own Q(s', .), next_q_online, chooses a', and next_q, whose noise had no say in that, values it.
     """
     best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
@@ -383,8 +383,8 @@ def train(args: Args) -> Path:
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
                 # Act: one step in every environment. Where an episode ends, the next one begins.
-                decay = args.exploration_fraction * args.total_timesteps
-                epsilon = linear_epsilon(global_step, args.start_e, args.end_e, decay)
+                duration = args.exploration_fraction * args.total_timesteps
+                epsilon = linear_epsilon(global_step, args.start_e, args.end_e, duration)
                 rows = np.array(obs, dtype=np.float32)
                 actions = select_actions(q_network, torch.from_numpy(rows).to(device), epsilon)
                 for i, action in enumerate(actions.tolist()):
@@ -398,7 +398,7 @@ def train(args: Args) -> Path:
                         recent.append(returns[i])
                         obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
 
-                # Learn: what is due at each of these N steps, as if they had come one by one.
+                # Learn: the gradient steps and target updates that fall due in these N steps.
                 for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
                     if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
                         q_network.obs_statistics.update(buffer.sample(SAMPLE).obs.to(device))
@@ -423,7 +423,7 @@ def train(args: Args) -> Path:
                 bar.update(min(global_step, args.total_timesteps) - bar.n)
                 if is_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
                     save()
-                    obs, envs = None, make_envs(args)  # all new, not only in a resumed run: so both are the same
+                    obs, envs = None, make_envs(args)  # new ones, as in a resumed run, so that both go on alike
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -437,7 +437,7 @@ def play_greedily(
 ) -> list[list[float]]:
     """Plays one episode for each seed, side by side, by the largest Q(s, .): the rewards of each.
 
-    If there is a list for frames, the first episode is drawn into it.
+    If there is a list for frames, every second step of the first episode is drawn into it.
     """
     first_action, device = int(envs[0].action_space.start), next(q_network.parameters()).device
     rewards = [[] for _ in seeds]
@@ -446,7 +446,7 @@ def play_greedily(
     while running:
         rows = np.array([obs[i] for i in running], dtype=np.float32)
         actions = select_actions(q_network, torch.from_numpy(rows).to(device), epsilon=0.0)
-        if frames is not None and running[0] == 0 and len(frames) < MAX_FRAMES:
+        if frames is not None and running[0] == 0 and len(rewards[0]) in range(0, MAX_FRAMES, 2):
             frames.append(envs[0].render())
         still_running = []
         for i, action in zip(running, actions.tolist()):
@@ -461,7 +461,7 @@ def play_greedily(
 def evaluate(args: Args, envs: list[gym.Env], q_network: nn.Module, run_dir: Path) -> tuple[float, float]:
     """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
     seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    episodes, frames = [], [] if args.capture_video else None
+    episodes, frames = [], ([] if args.capture_video else None)
     for first in range(0, len(seeds), len(envs)):
         episodes += play_greedily(envs, q_network, seeds[first : first + len(envs)], None if first else frames)
     returns = [sum(rewards) for rewards in episodes]
@@ -469,7 +469,7 @@ def evaluate(args: Args, envs: list[gym.Env], q_network: nn.Module, run_dir: Pat
     if frames:
         fps = envs[0].metadata.get("render_fps") or 30
         path, milliseconds = run_dir / "episode.gif", 2 * 1000 / fps  # of every second frame, to halve the file
-        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames[::2]]
+        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
         print(f"Animated picture: {path}")
     return float(np.mean(returns)), float(np.mean([len(rewards) for rewards in episodes]))
@@ -515,7 +515,7 @@ def make_run_dir(args: Args) -> Path:
 
 
 def settings(args: Args) -> dict:
-    """The arguments that belong to the run, and not to this call of the program."""
+    """All arguments but --resume and --evaluate, which are this call's alone."""
     return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
 
 
@@ -541,7 +541,7 @@ def log_evaluation(
 
 
 def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file it is a line now and then."""
+    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
@@ -580,7 +580,7 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
     changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
@@ -590,7 +590,7 @@ def refuse_changes(args: Args, saved: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?")
     finder.add_argument("--evaluate", nargs="?")
@@ -599,7 +599,7 @@ def parse_args() -> Args:
     if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])
+    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
 
 
 def main() -> None:

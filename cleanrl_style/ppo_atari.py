@@ -29,7 +29,7 @@ Differs  Where only a time limit ends an episode, V stands for what would have f
          whole games. On by default, beyond the equations: A is normalised in each minibatch, the change of V and the
          gradient are clipped, and the learning rate falls to 0 (in the paper, epsilon falls with it). Off by default:
          the early stop by the KL divergence, and the normalisation of observations, with which Pong is learned quickly.
-Shapes   T steps of N environments in one rollout; B of them in one minibatch; A actions. Row t is the step from t to
+Shapes   T steps of N environments in one rollout; B of them in one minibatch; K actions. Row t is the step from t to
          t+1. One step is four frames of the game.
 Run      python ppo_atari.py
          python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --num-envs 32 --num-minibatches 8 \
@@ -92,7 +92,7 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
-    target_kl: float | None = None  # stop learning from a rollout after an epoch with a larger KL divergence, in nats
+    target_kl: float | None = None  # learn no more from a rollout once an epoch's KL, taken before its steps, is larger
     norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
     sticky_actions: float = 0.0  # probability that the emulator repeats its last action; Gymnasium's default is 0.25
 
@@ -107,7 +107,7 @@ class Args:
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 10  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture
+    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -146,13 +146,13 @@ HOUSEKEEPING = {
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """N games. Their observations are the last four frames, (N, 4, 84, 84) of uint8, the newest last, 0 before a start.
+    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last; 0 for those before the game.
 
     The emulators run in native code, in threads of their own [D1]: `send` gives them their actions, `recv` waits for
-    what came of them, in new arrays. They wait for a random time at a game's start, by no-ops [A1], repeat each action
-    for four frames [A2], press FIRE where a game begins only then [A4], shrink frames to 84 x 84 [A5], and stack them
-    [A7]. With life_loss_info [A3], `terminated` is True when a life is lost, too, and the game goes on. When the game
-    is over, the next step ignores its action and begins a new one.
+    what came of them, in new arrays. They wait for a random time at a game's start, by no-ops [A1], press FIRE where a
+    game begins only then [A4], repeat each action for four frames, take the brighter of the last two for each pixel
+    [A2], in grey, shrink that to 84 x 84 [A5], and stack it [A7]. With life_loss_info [A3], `terminated` is True when a
+    life is lost, too, and the game goes on. When it is over, the next step ignores its action and begins a new one.
     """
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     try:
@@ -271,7 +271,7 @@ class Agent(nn.Module):
         self.to(memory_format=torch.channels_last)  # the faster order in memory: the 4 frames of a pixel side by side
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (B, 4, 84, 84) of uint8 -> logits of pi(.|s) (B, A) and V(s) (B,), both in float32."""
+        """Frames (B, 4, 84, 84) of uint8 -> logits of pi(.|s) (B, K) and V(s) (B,), both in float32."""
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
         pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype)
         if self.obs_statistics is None:
@@ -284,7 +284,7 @@ class Agent(nn.Module):
             pixels.sub_(mean.to(dtype)).div_((variance + 1e-8).sqrt().to(dtype)).clamp_(-10, 10)
         with torch.autocast(obs.device.type, dtype, enabled=self.bfloat16):
             features = self.features(pixels)
-        features = features.float()  # bfloat16 has 3 digits, too few for a ratio of probabilities
+        features = features.float()  # bfloat16 has 2 digits, too few for a ratio of probabilities
         return self.actor(features), self.critic(features).squeeze(1)
 
 
@@ -313,7 +313,7 @@ def act(agent: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., A), (...) -> (...), (...)."""
+    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., K), (...) -> (...), (...)."""
     log_pi = logits.log_softmax(-1)
     return log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
 
@@ -383,7 +383,7 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
     loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] all as one vector
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11] all as one vector
     optimizer.step()
     with torch.no_grad():  # [D12] what to watch
         return {
@@ -526,7 +526,7 @@ def train(args: Args) -> Path:
                 _, _, last_values = act(agent, torch.from_numpy(obs).to(device))
                 batch = Batch(*(part.to(device) for part in rollout.batch(last_values, args.gamma, args.gae_lambda)))
                 metrics = learn(agent, optimizer, batch, args)
-                if args.norm_obs:  # not before: the ratio of pi to pi_old must be of equally normalised observations
+                if args.norm_obs:  # only now: pi and pi_old must see observations that are normalised alike
                     agent.obs_statistics.update(newest_frames(batch.obs))
 
                 # Log, save.
@@ -543,7 +543,7 @@ def train(args: Args) -> Path:
                 due = is_due(global_step, num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs = None  # new games after each checkpoint, not only in a resumed run: so both are the same
+                    obs = None  # new games, as in a resumed run, so that both go on alike
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -627,7 +627,7 @@ def make_run_dir(args: Args) -> Path:
 
 
 def settings(args: Args) -> dict:
-    """The arguments that belong to the run, and not to this call of the program."""
+    """All arguments but --resume and --evaluate, which are this call's alone."""
     return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
 
 
@@ -653,7 +653,7 @@ def log_evaluation(
 
 
 def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file it is a line now and then."""
+    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
@@ -692,7 +692,7 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
     changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
@@ -702,7 +702,7 @@ def refuse_changes(args: Args, saved: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?")
     finder.add_argument("--evaluate", nargs="?")
@@ -711,7 +711,7 @@ def parse_args() -> Args:
     if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])
+    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
 
 
 def main() -> None:

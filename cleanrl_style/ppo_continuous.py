@@ -29,7 +29,7 @@ Differs  Where only a time limit ends an episode, V stands for what would have f
          equations: running statistics of the training so far normalise observations and, in training only, scale
          rewards; A is normalised in each minibatch, the gradient is clipped, and the learning rate falls to 0. Off by
          default: the clip of the change of V, and the early stop by the KL divergence.
-Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; A numbers of
+Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; K numbers of
          an action. Row t is the step from t to t+1.
 Run      python ppo_continuous.py
          python ppo_continuous.py --env-id HalfCheetah-v5 --gamma 0.99 --learning-rate 3e-4 --ent-coef 0 \
@@ -88,7 +88,7 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy in the loss
     vf_coef: float = 0.5  # weight of the value loss in the loss
     max_grad_norm: float = 0.5  # longer gradients are cut to this length
-    target_kl: float | None = None  # stop learning from a rollout after an epoch with a larger KL divergence, in nats
+    target_kl: float | None = None  # learn no more from a rollout once an epoch's KL, taken before its steps, is larger
     norm_obs: bool = True  # shift and scale observations to mean 0 and standard deviation 1
     norm_reward: bool = True  # scale rewards, so that the discounted sum so far has deviation 1; clip at 10
 
@@ -99,7 +99,7 @@ class Args:
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 100  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture
+    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -212,7 +212,7 @@ def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 class Agent(nn.Module):
     """pi(a|s) and V(s): two networks [C4] of three linear layers with a tanh between.
 
-    pi is a normal distribution for each of the A numbers of an action [C1], independent of each other [C3]. Their means
+    pi is a normal distribution for each of the K numbers of an action [C1], independent of each other [C3]. Their means
     depend on s, their deviations do not [C2].
     """
 
@@ -226,7 +226,7 @@ class Agent(nn.Module):
         self.critic = nn.Sequential(layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, gain=1.0))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations (..., O) -> means of pi(.|s) (..., A) and V(s) (...)."""
+        """Observations (..., O) -> means of pi(.|s) (..., K) and V(s) (...)."""
         obs = self.normalize(obs)
         return self.actor(obs), self.critic(obs).squeeze(-1)
 
@@ -248,7 +248,7 @@ def make_agent(args: Args, envs: list[gym.Env]) -> Agent:
 
 @torch.no_grad()
 def act(agent: Agent, obs: Tensor, greedy: bool = False) -> Tensor:
-    """Samples actions from pi(.|s), or takes the means: observations (N, O) -> (N, A), not yet clipped."""
+    """Samples actions from pi(.|s), or takes the means: observations (N, O) -> (N, K), not yet clipped."""
     means = agent.actor(agent.normalize(obs)).cpu()
     if not math.isfinite(means.sum()):
         raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
@@ -256,7 +256,7 @@ def act(agent: Agent, obs: Tensor, greedy: bool = False) -> Tensor:
 
 
 def to_bounds(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Clips to -1 and 1, then stretches each number of an action to its own bounds: (N, A), (A,), (A,) -> (N, A) [C5].
+    """Clips to -1 and 1, then stretches each number of an action to its own bounds: (N, K), (K,), (K,) -> (N, K) [C5].
 
     Only the environment sees that. What is learned from is the action as it was sampled from pi.
     """
@@ -264,7 +264,7 @@ def to_bounds(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndar
 
 
 def log_prob_and_entropy(means: Tensor, log_deviations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., A), (A,), (..., A) -> (...), scalar.
+    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., K), (K,), (..., K) -> (...), scalar.
 
     Both are sums over an action's numbers, each with the density of a normal distribution. As the deviations do not
     depend on s, all states have the same entropy.
@@ -333,7 +333,7 @@ class Batch(NamedTuple):
     """Steps of a rollout, B in a minibatch. Row b of each:"""
 
     obs: Tensor  # what the environment showed, not normalised, (B, O)
-    actions: Tensor  # what was done then, (B, A)
+    actions: Tensor  # what was done then, (B, K)
     log_probs: Tensor  # log pi_old(a|s), (B,)
     values: Tensor  # V_old(s), (B,)
     advantages: Tensor  # A_t, (B,)
@@ -345,9 +345,10 @@ def make_batch(
     agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor,
     truncated: Tensor, args: Args,
 ) -> Batch:  # fmt: skip
-    """What there is to learn from a rollout: obs, next_obs (T, N, O), actions (T, N, A), three of (T, N) -> T * N rows.
+    """What there is to learn from a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N) -> T * N rows.
 
-    next_obs holds an episode's true last observation, not the first one of the next.
+    next_obs holds an episode's true last observation, not the first one of the next. The agent has not changed since
+    the rollout: what it computes here are pi_old and V_old.
     """
     means, values = agent(obs)
     _, next_values = agent(next_obs)
@@ -371,7 +372,7 @@ def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, arg
     loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)  # [D11] all as one vector
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11] all as one vector
     optimizer.step()
     with torch.no_grad():  # [D12] what to watch
         return {
@@ -463,7 +464,7 @@ def train(args: Args) -> Path:
                             recent.append(returns[i])
                             obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
 
-                # Learn. NumPy before 2.4 lets rewards be arrays of one number, hence view_as.
+                # Learn. A reward may have come as an array of one number, hence view_as.
                 rows, actions, next_rows, rewards, terminated, truncated = (
                     torch.from_numpy(np.array(part, dtype=np.float32)).to(device) for part in zip(*rollout)
                 )
@@ -472,7 +473,7 @@ def train(args: Args) -> Path:
                     rewards, sums = scale_rewards(rewards, terminated | truncated, sums, reward_statistics, args.gamma)
                 batch = make_batch(agent, rows, actions, rewards, next_rows, terminated, truncated, args)
                 metrics = learn(agent, optimizer, batch, args)
-                if args.norm_obs:  # not before: the ratio of pi to pi_old must be of equally normalised observations
+                if args.norm_obs:  # only now: pi and pi_old must see observations that are normalised alike
                     agent.obs_statistics.update(batch.obs)
 
                 # Log, save.
@@ -489,7 +490,7 @@ def train(args: Args) -> Path:
                 due = is_due(global_step, args.num_steps * num_envs, args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    obs, envs = None, make_envs(args)  # all new, not only in a resumed run: so both are the same
+                    obs, envs = None, make_envs(args)  # new ones, as in a resumed run, so that both go on alike
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -503,7 +504,7 @@ def play_greedily(
 ) -> list[list[float]]:
     """Plays one episode for each seed, side by side, by the most probable actions: the rewards of each.
 
-    If there is a list for frames, the first episode is drawn into it.
+    If there is a list for frames, every second step of the first episode is drawn into it.
     """
     low, high, device = envs[0].action_space.low, envs[0].action_space.high, next(agent.parameters()).device
     rewards = [[] for _ in seeds]
@@ -512,7 +513,7 @@ def play_greedily(
     while running:
         rows = np.array([obs[i] for i in running], dtype=np.float32)
         actions = act(agent, torch.from_numpy(rows).to(device), greedy=True)
-        if frames is not None and running[0] == 0 and len(frames) < MAX_FRAMES:
+        if frames is not None and running[0] == 0 and len(rewards[0]) in range(0, MAX_FRAMES, 2):
             frames.append(envs[0].render())
         still_running = []
         for i, action in zip(running, to_bounds(actions.numpy(), low, high)):
@@ -527,7 +528,7 @@ def play_greedily(
 def evaluate(args: Args, envs: list[gym.Env], agent: Agent, run_dir: Path) -> tuple[float, float]:
     """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
     seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    episodes, frames = [], [] if args.capture_video else None
+    episodes, frames = [], ([] if args.capture_video else None)
     for first in range(0, len(seeds), len(envs)):
         episodes += play_greedily(envs, agent, seeds[first : first + len(envs)], None if first else frames)
     returns = [sum(rewards) for rewards in episodes]
@@ -535,7 +536,7 @@ def evaluate(args: Args, envs: list[gym.Env], agent: Agent, run_dir: Path) -> tu
     if frames:
         fps = envs[0].metadata.get("render_fps") or 30
         path, milliseconds = run_dir / "episode.gif", 2 * 1000 / fps  # of every second frame, to halve the file
-        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames[::2]]
+        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
         print(f"Animated picture: {path}")
     return float(np.mean(returns)), float(np.mean([len(rewards) for rewards in episodes]))
@@ -581,7 +582,7 @@ def make_run_dir(args: Args) -> Path:
 
 
 def settings(args: Args) -> dict:
-    """The arguments that belong to the run, and not to this call of the program."""
+    """All arguments but --resume and --evaluate, which are this call's alone."""
     return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
 
 
@@ -607,7 +608,7 @@ def log_evaluation(
 
 
 def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file it is a line now and then."""
+    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
@@ -646,7 +647,7 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
     changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
@@ -656,7 +657,7 @@ def refuse_changes(args: Args, saved: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?")
     finder.add_argument("--evaluate", nargs="?")
@@ -665,7 +666,7 @@ def parse_args() -> Args:
     if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])
+    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ Differs  Adam takes one step for several episodes together, with a learning rate
          factor gamma^t more, which is left out, as in nearly all programs. A time limit counts as an end, since nothing
          here estimates what would have followed: the agent learns to do well within the limit.
 Shapes   N episodes of an update; T steps of an episode; B steps of all N episodes together; O numbers of an
-         observation; A actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
+         observation; K actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
 Run      python reinforce_cartpole.py
          python reinforce_cartpole.py --env-id Acrobot-v1 --total-timesteps 400000
          Textbook form: --episodes-per-update 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
@@ -79,7 +79,7 @@ class Args:
     resume: RunDir = None  # go on with this run from its last checkpoint
     evaluate: RunDir = None  # play this run's policy, do not train
     eval_episodes: int = 100  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture
+    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -102,7 +102,7 @@ class Args:
             raise ValueError("--resume and --evaluate exclude each other")
 
 
-# Arguments that do not change what is learned, apart from rounding.
+# Arguments that do not change what is learned, apart from rounding, where `reset` leaves nothing of earlier episodes.
 HOUSEKEEPING = {
     "exp_name", "runs_dir", "device", "checkpoint_frequency", "resume", "evaluate", "eval_episodes", "capture_video",
 }  # fmt: skip
@@ -155,7 +155,7 @@ class Policy(nn.Module):
             nn.init.zeros_(parameter)  # the first policy plays all actions alike, so it explores without a bias
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Observations (B, O) -> logits (B, A)."""
+        """Observations (B, O) -> logits (B, K)."""
         return self.layers(obs)
 
 
@@ -178,7 +178,7 @@ def play_episodes(
 
     Environments that have ended wait for the others. If they began new episodes until enough had ended, short episodes
     would be over-represented. The greedy policy takes the most probable action; otherwise actions are sampled. If
-    there is a list for frames, the first episode is drawn into it.
+    there is a list for frames, every second step of the first episode is drawn into it.
     """
     first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always from 0
     device = next(policy.parameters()).device
@@ -191,7 +191,7 @@ def play_episodes(
         if not math.isfinite(logits.sum()):
             raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
         actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
-        if frames is not None and running[0] == 0 and len(frames) < MAX_FRAMES:
+        if frames is not None and running[0] == 0 and len(episodes[0].rewards) in range(0, MAX_FRAMES, 2):
             frames.append(envs[0].render())
         still_running = []
         for i, row, action in zip(running, batch, actions.tolist()):
@@ -335,7 +335,7 @@ def train(args: Args) -> Path:
                 due = is_due(global_step, len(actions), args.checkpoint_frequency)
                 if due or global_step >= args.total_timesteps:
                     save()
-                    envs = make_envs(args)  # all new, not only in a resumed run: so both are the same
+                    envs = make_envs(args)  # new ones, as in a resumed run, so that both go on alike
     except (FloatingPointError, KeyboardInterrupt) as error:
         stop(error, global_step, run_dir)
 
@@ -347,7 +347,7 @@ def train(args: Args) -> Path:
 def evaluate(args: Args, envs: list[gym.Env], policy: Policy, run_dir: Path) -> tuple[float, float]:
     """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
     seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    episodes, frames = [], [] if args.capture_video else None
+    episodes, frames = [], ([] if args.capture_video else None)
     for first in range(0, len(seeds), len(envs)):
         group = seeds[first : first + len(envs)]
         episodes += play_episodes(envs, policy, group, greedy=True, frames=None if first else frames)
@@ -356,7 +356,7 @@ def evaluate(args: Args, envs: list[gym.Env], policy: Policy, run_dir: Path) -> 
     if frames:
         fps = envs[0].metadata.get("render_fps") or 30
         path, milliseconds = run_dir / "episode.gif", 2 * 1000 / fps  # of every second frame, to halve the file
-        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames[::2]]
+        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
         print(f"Animated picture: {path}")
     return float(np.mean(returns)), float(np.mean([len(episode.rewards) for episode in episodes]))
@@ -402,7 +402,7 @@ def make_run_dir(args: Args) -> Path:
 
 
 def settings(args: Args) -> dict:
-    """The arguments that belong to the run, and not to this call of the program."""
+    """All arguments but --resume and --evaluate, which are this call's alone."""
     return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
 
 
@@ -428,7 +428,7 @@ def log_evaluation(
 
 
 def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file it is a line now and then."""
+    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
 
@@ -467,7 +467,7 @@ def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
 
 
 def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played must be the one that was started, in its name and in all that it learns from."""
+    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
     changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
     for name, value in asdict(saved).items():
         if name not in changeable and getattr(args, name) != value:
@@ -477,7 +477,7 @@ def refuse_changes(args: Args, saved: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate its defaults are what the run was started with."""
+    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?")
     finder.add_argument("--evaluate", nargs="?")
@@ -486,7 +486,7 @@ def parse_args() -> Args:
     if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
         saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
         default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])
+    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
 
 
 def main() -> None:

@@ -306,13 +306,13 @@ def test_evaluation_tells_the_return_from_the_length(tmp_path, monkeypatch, caps
     assert f"return 28.0 ± {np.std([2, 14, 68]):.1f} over 3 episodes" in capsys.readouterr().out
 
 
-def test_the_first_episode_is_drawn_until_its_end_or_the_limit(monkeypatch):
+def test_every_second_step_of_the_first_episode_is_drawn_until_its_end_or_the_limit(monkeypatch):
     envs, frames = [Scripted(), Scripted()], []
     envs[0].render = lambda: envs[0].t
-    for limit, expected in ((1000, [0, 1]), (1, [0])):
+    for limit, expected in ((1000, [0, 2, 4]), (4, [0, 2]), (3, [0, 2]), (1, [0])):
         monkeypatch.setattr(script, "MAX_FRAMES", limit)
         frames.clear()
-        script.play_episodes(envs, Uniform(), [2, 5], frames=frames)
+        script.play_episodes(envs, Uniform(), [5, 9], frames=frames)
         assert frames == expected
 
 
