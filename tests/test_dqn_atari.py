@@ -967,4 +967,4 @@ def test_a_buffer_of_another_size_is_refused_as_such(tmp_path, capsys):
     (run_dir,) = tmp_path.iterdir()
     with pytest.raises(SystemExit):
         train(tmp_path, capsys, resume=str(run_dir), total_timesteps=500, buffer_size=200)
-    assert "not as large as --buffer-size says" in capsys.readouterr().err
+    assert "not of the size that --buffer-size and --num-envs give" in capsys.readouterr().err
