@@ -255,7 +255,7 @@ def td_target(
     """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, K) -> (B,).
 
     next_q is Q_target(s', .). The maximum of noisy estimates is too high on average. So in double Q-learning, the
-    Q-network's own Q(s', .), next_q_online, chooses a', and next_q, whose noise had no say in that, values it.
+    Q-network's own Q(s', .), next_q_online, chooses a', and next_q, whose noise had less say in that, values it.
     """
     best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated

@@ -38,7 +38,7 @@ Expect   10 games after training, actions sampled, mean over seeds 1 to 3 (worst
              Pong, in bfloat16       19.6 (19.3 to 19.7)   14 min   18.8 to 19.4 in the last 20 training games
              in float32, older CPU   19.4 (19.1 to 19.9)   24 min   18.1 to 19.2 in the last 20 training games
          Breakout, 1M steps, these flags but --anneal-lr --checkpoint-frequency 100000, in float32, seeds 1 and 2:
-             52.4 (50.8 to 54.0) in 42 and 63 min, on older CPUs
+             52.4 (50.8 to 54.0) in 42 and 63 min, on CPUs without bfloat16
 """
 
 import math
