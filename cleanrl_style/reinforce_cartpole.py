@@ -1,165 +1,154 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0",
+#   "tqdm>=4.66.0",
 # ]
 # ///
 """REINFORCE, the Monte Carlo policy gradient, for flat observations and discrete actions.
 
-Paper    Williams (1992), "Simple statistical gradient-following algorithms for connectionist reinforcement
-         learning". Equation numbers are those of Sutton and Barto (2018), "Reinforcement Learning", 2nd edition.
-Idea     Play whole episodes with the current policy pi(a|s), the probability of action a where s is observed. Then make
-         every action more likely if more reward came after it than usual, and less likely if less did. On average, that
-         is a step up the gradient of J, the expected return of an episode. Nothing but the policy is learned.
+Paper    Williams (1992), "Simple statistical gradient-following algorithms for connectionist
+         reinforcement learning". Equation numbers are those of Sutton and Barto (2018),
+         "Reinforcement learning: an introduction".
+Idea     Play whole episodes with the current policy pi(a|s), the probability of action a in state
+         s. Then make each action more likely if the return that followed was above average, and
+         less likely if it was below. On average this is a step up the gradient of J, the expected
+         return of an episode.
 
-             G_t    = r_t + gamma * G_{t+1}                           the return from step t on (3.9)
-             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]   the policy gradient, for gamma = 1 (13.5, 13.10);
-                                                                      b_t, the baseline, is what is usual at step t
+             G_t    = r_t + gamma * G_{t+1}                          return from step t on (3.9)
+             grad J = E[ sum_t (G_t - b_t) * grad log pi(a_t|s_t) ]  policy gradient (13.5, 13.10)
 
-Differs  Adam takes one step for several episodes together, with a learning rate that falls to 0. The baseline b_t is
-         their mean return from the same step t on, and the differences are scaled to standard deviation 1. With
-         gamma < 1, later rewards, which are mostly noise to a_t, count less; the gradient of that discounted J has a
-         factor gamma^t more, which is left out, as in nearly all programs. A time limit counts as an end, since nothing
-         here estimates what would have followed: the agent learns to do well within the limit.
-Shapes   N episodes of an update; T steps of an episode; B steps of all N episodes together; O numbers of an
-         observation; K actions. Row t of an episode is the step from t to t+1, r_t the reward for a_t.
+         Any baseline b_t that does not depend on a_t leaves the expectation as it is and can
+         reduce the variance. Here it is the mean return from step t on over N episodes.
+Differs  Adam takes one step for N episodes together. Returns less baseline are scaled to standard
+         deviation 1, and the learning rate falls linearly to 0. For gamma < 1, the exact gradient
+         has a factor gamma^t, which is left out, as in most implementations. A time limit counts
+         as an end: there is no value function to bootstrap from.
+Shapes   N episodes of an update, T steps of one episode, B steps of all N episodes together;
+         O numbers of an observation; K actions.
 Run      python reinforce_cartpole.py
          python reinforce_cartpole.py --env-id Acrobot-v1 --total-timesteps 400000
-         Textbook form: --episodes-per-update 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
-Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 20 (worst to best seed), and wall time on
-         one core of an Intel Xeon, start-up and evaluation included:
+         Textbook form: --num-envs 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 20 (worst to best
+         seed), and wall time on one core of an Intel Xeon, start-up and evaluation included:
              CartPole-v1                   498.2 (489.1 to 500.0)   100k steps    6 s
              CartPole-v1, textbook form    448.3 (206.1 to 500.0)   100k steps   14 s
              Acrobot-v1                    -83.4 (-91.8 to -78.0)   400k steps   30 s
 """
 
+import contextlib
+import inspect
+import json
 import math
 import os
+import re
+import shlex
+import signal
 import sys
+import threading
 import time
-from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, replace
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn
+from typing import Annotated, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.distributions import Categorical
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "reinforce_cartpole"  # named in checkpoints and messages
-MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
-RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
+
+# Types of arguments, with the least and the largest value allowed.
+Steps = Annotated[int, 1, 10**12]
+Frequency = Annotated[int, 0, 10**12]  # steps from one time to the next; 0: never
+Count = Annotated[int, 1, 10**6]
+Few = Annotated[int, 1, 4096]
+Share = Annotated[float, 0, 1]
+Positive = Annotated[float, 1e-30, 1e30]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "CartPole-v1"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
-    seed: int = 1  # of all that is random in the run
-    total_timesteps: int = 100_000  # environment steps to train for, at least
+    env_id: str = "CartPole-v1"  # Gymnasium environment, or my_module:MyEnv-v0
+    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of everything random in the run
+    total_timesteps: Steps = 100_000  # environment steps to train for, at least
+    num_envs: Few = 8  # environments stepped side by side (N)
 
-    learning_rate: float = 1e-2  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end of the run
-    gamma: float = 0.99  # discount factor
-    episodes_per_update: int = 8  # whole episodes in one gradient step (N)
-    normalize_returns: bool = True  # learn from (G_t - b_t) / standard deviation in place of G_t
+    learning_rate: Positive = 1e-2  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
+    gamma: Share = 0.99  # discount factor
+    normalize_returns: bool = True  # subtract the baseline, divide by the standard deviation
 
-    exp_name: str = SCRIPT  # part of the run folder's name
-    runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks; cuda (if any) for pixels
-    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
-    resume: RunDir = None  # go on with this run from its last checkpoint
-    evaluate: RunDir = None  # play this run's policy, do not train
-    eval_episodes: int = 100  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
+    exp_name: str = SCRIPT  # part of the name of the run's folder
+    runs_dir: str = "runs"  # where the folders of runs are
+    device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
+    checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
+    eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
+    eval_episodes: Count = 100  # episodes of one evaluation
+    capture_video: bool = False  # draw the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to go on with; other flags replace that run's
+    evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) not in (str, int, float, bool, type(None)):  # a checkpoint could not be read again
-                raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
-        for name in ("total_timesteps", "episodes_per_update", "eval_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
-        if self.checkpoint_frequency < 0:
-            raise ValueError(f"--checkpoint-frequency must be at least 0, not {self.checkpoint_frequency}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate must be a positive number, not {self.learning_rate}")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"--gamma must be between 0 and 1, not {self.gamma}")
-        if self.normalize_returns and self.episodes_per_update == 1:
-            raise ValueError("--episodes-per-update 1 leaves nothing to compare with: add --no-normalize-returns")
-        if self.resume is not None and self.evaluate is not None:
-            raise ValueError("--resume and --evaluate exclude each other")
+        check(self)
+        if self.normalize_returns and self.num_envs == 1:
+            raise ValueError("--num-envs 1 has no baseline: add --no-normalize-returns")
 
 
-# Arguments that do not change what is learned, apart from rounding, where `reset` leaves nothing of earlier episodes.
-HOUSEKEEPING = {
-    "exp_name", "runs_dir", "device", "checkpoint_frequency", "resume", "evaluate", "eval_episodes", "capture_video",
-}  # fmt: skip
+# ---- Environment and network ---------------------------------------------------------------------
 
 
-# ---- Environment and network ----------------------------------------------------------------------------------------
-
-
-def make_envs(args: Args) -> list[gym.Env]:
-    """One environment for each of the N episodes of an update; with --capture-video, the first can be drawn."""
-    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
-    try:
-        envs = [gym.make(args.env_id) for _ in range(args.episodes_per_update)]
-    except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"cannot make the environment {args.env_id!r}: {error}")
-    if args.capture_video:
-        if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
-            fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
-        envs[0] = drawable(args.env_id)
-    obs_space, action_space = envs[0].observation_space, envs[0].action_space
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    if not (flat and isinstance(action_space, gym.spaces.Discrete)):
-        fail(f"needs a flat Box observation and Discrete actions; {args.env_id} has {obs_space} and {action_space}")
-    if envs[0].spec.max_episode_steps is None:
-        envs = [gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS) for env in envs]
-    return envs
-
-
-def drawable(env_id: str) -> gym.Env:
-    """The environment, made to be drawn. Draws it once: what is missing should not come to light after the training."""
-    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-    try:
-        env = gym.make(env_id, render_mode="rgb_array")
-        env.reset()
-        frame = env.render()
-    except Exception as error:  # graphics libraries fail in a dozen ways
-        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
-    if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,) or frame.dtype != np.uint8:
-        fail(f"--capture-video: {env_id} does not draw arrays (H, W, 3) of uint8")
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment with flat observations and discrete actions."""
+    env = make_flat_env(args, render_mode)
+    if not isinstance(env.action_space, gym.spaces.Discrete):
+        raise UsageError(f"needs Discrete actions; {args.env_id} has {env.action_space}")
     return env
 
 
 class Policy(nn.Module):
-    """pi(a|s): two linear layers with a ReLU between. Their outputs are logits: a softmax makes them probabilities."""
+    """pi(a|s): one hidden layer. The outputs are logits; a softmax makes them probabilities."""
 
     def __init__(self, obs_size: int, num_actions: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(obs_size, 128), nn.ReLU(), nn.Linear(128, num_actions))
+        self.layers = nn.Sequential(
+            nn.Linear(obs_size, 128), nn.ReLU(), nn.Linear(128, num_actions)
+        )
         for parameter in self.layers[-1].parameters():
-            nn.init.zeros_(parameter)  # the first policy plays all actions alike, so it explores without a bias
+            nn.init.zeros_(parameter)  # the first policy is uniform, so it explores without a bias
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (B, O) -> logits (B, K)."""
         return self.layers(obs)
 
 
-# ---- Playing episodes -----------------------------------------------------------------------------------------------
+def make_network(args: Args, envs: "Envs") -> Policy:
+    """A policy for these environments."""
+    return Policy(envs.obs.shape[1], int(envs.action_space.n))
+
+
+# ---- The algorithm -------------------------------------------------------------------------------
+
+
+@torch.no_grad()  # `update` computes the log probabilities again, in one batch: faster than a graph
+def act(policy: Policy, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+    """Samples actions, or takes the most probable ones: observations (N, O) -> (N,)."""
+    logits = policy(torch.from_numpy(obs).to(next(policy.parameters()).device)).cpu()
+    actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+    return actions.numpy()
 
 
 class Episode(NamedTuple):
@@ -170,76 +159,44 @@ class Episode(NamedTuple):
     rewards: list[float]  # what it got for that
 
 
-@torch.no_grad()  # acting keeps no graph: `update` computes the log probabilities again, in one pass
-def play_episodes(
-    envs: list[gym.Env], policy: Policy, seeds: list[int], greedy: bool = False, frames: list | None = None
-) -> list[Episode]:
-    """Plays one episode for each seed, side by side, so that one forward pass acts for all that still run.
+def play_episodes(envs: "Envs", policy: Policy) -> list[Episode]:
+    """Plays one episode in each of N environments, with one forward pass a step for all of them.
 
-    Environments that have ended wait for the others. If they began new episodes until enough had ended, short episodes
-    would be over-represented. The greedy policy takes the most probable action; otherwise actions are sampled. If
-    there is a list for frames, every second step of the first episode is drawn into it.
+    An environment that is done waits for the others. If it played on, the update would see more
+    short episodes than long ones.
     """
-    first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always from 0
-    device = next(policy.parameters()).device
-    episodes = [Episode([], [], []) for _ in seeds]
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-    running = list(range(len(seeds)))
-    while running:
-        batch = np.array([obs[i] for i in running], dtype=np.float32)
-        logits = policy(torch.from_numpy(batch).to(device)).cpu()
-        if not math.isfinite(logits.sum()):
-            raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
-        actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
-        if frames is not None and running[0] == 0 and len(episodes[0].rewards) in range(0, MAX_FRAMES, 2):
-            frames.append(envs[0].render())
-        still_running = []
-        for i, row, action in zip(running, batch, actions.tolist()):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(first_action + action)
-            episodes[i].obs.append(row)
-            episodes[i].actions.append(action)
-            episodes[i].rewards.append(float(reward))
-            if not (terminated or truncated):
-                still_running.append(i)
-        running = still_running
+    episodes = [Episode([], [], []) for _ in range(len(envs.obs))]
+    running = np.arange(len(episodes))
+    while len(running) > 0:
+        obs = envs.obs[running]
+        actions = act(policy, obs)
+        _, rewards, terminated, truncated = envs.step(actions, running)
+        for i, *step in zip(running, obs, actions, rewards):
+            for column, value in zip(episodes[i], step):
+                column.append(value)
+        running = running[~(terminated | truncated)]
     return episodes
 
 
-TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, update) for the update of that number, (EVALUATION,)
-
-
-def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
-    """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
-
-    So a resumed run plays the same episodes as one that never stopped. Of 2**32 seeds, two streams rarely share one.
-    """
-    return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
-
-
-# ---- The algorithm --------------------------------------------------------------------------------------------------
-
-
 def discounted_returns(rewards: list[float], gamma: float) -> Tensor:
-    """G_t = r_t + gamma * G_{t+1}, and 0 after the end (3.9): the rewards of one episode -> (T,)."""
+    """G_t = r_t + gamma * G_{t+1}, and 0 after the end (3.9): rewards of one episode -> (T,)."""
     returns, following = [0.0] * len(rewards), 0.0
     for t in reversed(range(len(rewards))):
-        returns[t] = following = rewards[t] + gamma * following
+        returns[t] = following = float(rewards[t]) + gamma * following
     return torch.tensor(returns)
 
 
 def normalize_returns(returns: list[Tensor]) -> Tensor:
-    """(G_t - b_t) / deviation, b_t being the mean of G_t over the n episodes that reached step t: N of (T,) -> (B,).
+    """(G_t - b_t) / standard deviation, with b_t the mean G_t at step t: N of (T,) -> (B,).
 
-    b_t is how much is usually left to earn at step t. So a step is not judged bad merely for being late, and where all
-    episodes went alike, the gradient is 0. A baseline that a_t cannot influence leaves the expected gradient as it is
-    (13.10); this one contains 1/n of G_t itself, which scales the gradient of step t by 1 - 1/n: to 0 where only one
-    episode got that far. Dividing by the standard deviation of all B differences lets each batch count the same,
-    whatever its rewards' size, at the price of a bias: a batch with a rare, large return is divided by more.
+    The mean is over the n episodes that reached step t, and contains G_t itself. This scales the
+    gradient by 1 - 1/n, to 0 where a single episode got that far. The standard deviation is over
+    all B differences: updates of equal size, whatever the unit of the rewards.
     """
     lengths = torch.tensor([len(episode) for episode in returns])
     padded = pad_sequence(returns, batch_first=True)  # (N, longest T)
-    reached = torch.arange(padded.shape[1]) < lengths[:, None]  # (N, longest T), False after an episode's end
-    # First less the longest episode's returns, so that equal ones give exactly 0, without a rounding error.
+    reached = torch.arange(padded.shape[1]) < lengths[:, None]  # (N, longest T), False after an end
+    # Relative to the longest episode first: where all are equal, differences are exactly 0.
     padded = (padded - padded[lengths.argmax()]) * reached
     baseline = padded.sum(0) / reached.sum(0)  # (longest T,)
     differences = (padded - baseline)[reached]  # (B,), episode after episode
@@ -247,271 +204,513 @@ def normalize_returns(returns: list[Tensor]) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, returns: Tensor, num_episodes: int) -> Tensor:
-    """-1/N * sum of G_t * log pi(a_t|s_t) over all steps of N episodes: (B,), (B,) -> scalar.
+    """-1/N * sum of G_t * log pi(a_t|s_t) over the steps of N episodes: (B,), (B,) -> scalar.
 
-    A step down its gradient is the update (13.8), averaged over the episodes; if returns holds G_t - b_t, (13.11). Only
-    the gradient means something: a lower loss is not a better policy.
+    Its gradient is the policy gradient, downhill (13.8, with a baseline 13.11). Its value means
+    nothing: a lower loss is not a better policy.
     """
     return -(returns * log_probs).sum() / num_episodes
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, obs: Tensor, actions: Tensor, returns: Tensor, num_episodes: int
-) -> dict[str, Tensor]:
-    """One gradient step on the B steps of N episodes: obs (B, O), actions (B,), returns (B,) -> metrics, scalars."""
-    distribution = Categorical(logits=policy(obs), validate_args=False)
-    loss = policy_loss(distribution.log_prob(actions), returns, num_episodes)
+    policy: nn.Module, optimizer: torch.optim.Optimizer, obs: Tensor, actions: Tensor,
+    returns: Tensor, num_episodes: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One gradient step on N episodes: obs (B, O), actions (B,), returns (B,) -> metrics."""
+    log_pi = policy(obs).log_softmax(-1)  # (B, K)
+    log_probs = log_pi.gather(1, actions[:, None]).squeeze(1)
+    loss = policy_loss(log_probs, returns, num_episodes)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if not (loss.isfinite() and all(weights.isfinite().all() for weights in policy.parameters())):
-        raise FloatingPointError(f"the loss is {loss.item()}, or a weight is no longer finite")
-    return {"losses/policy_loss": loss.detach(), "losses/entropy": distribution.entropy().mean().detach()}
+    entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
+    return {"losses/policy_loss": loss.detach(), "losses/entropy": entropy.detach()}
 
 
-def is_due(step: int, count: int, frequency: int) -> bool:
-    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
-    return frequency > 0 and step % frequency < count
+# ---- Training and evaluation ---------------------------------------------------------------------
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def train(args: Args) -> Path:
-    """Trains a policy, from the start or from the checkpoint in args.resume, and returns the run's folder."""
-    torch.set_num_threads(1)  # for a network this small, a second thread costs more than it brings
+def train(args: Args) -> "Result":
+    """Trains a policy, from the start or from the checkpoint in args.resume."""
     torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    envs = make_envs(args)
-    policy = Policy(envs[0].observation_space.shape[0], int(envs[0].action_space.n)).to(device)
+    device = torch.device(args.device)
+    envs = Envs(args, args.num_envs, TRAINING)
+    policy = make_network(args, envs).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
-    parts, global_step, num_updates = {"policy": policy, "optimizer": optimizer}, 0, 0
-    if args.resume is not None:
-        state = load_checkpoint(args.resume, args, **parts)
-        global_step, num_updates = state["global_step"], state["num_updates"]
-        torch.set_rng_state(state["random_state"])
-    run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
-    print(f"Training in {run_dir}", flush=True)
-    writer = open_log(run_dir, args, global_step)
+    with Run(args, envs, policy, optimizer=optimizer) as run:
+        while run.goes_on():
+            if args.anneal_lr:
+                remaining = 1 - envs.steps / args.total_timesteps
+                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-    def save() -> None:
-        writer.flush()  # the event file must not lag behind the checkpoint
-        save_checkpoint(run_dir, args, parts, global_step=global_step, num_updates=num_updates)
+            # Act: N whole episodes of the current policy.
+            episodes = play_episodes(envs, policy)
 
-    first_step, start_time = global_step, time.perf_counter()
-    save()  # from here on there is something to resume
+            # Learn: one gradient step. These episodes are of no use to the policy that it makes.
+            obs = torch.from_numpy(np.concatenate([episode.obs for episode in episodes]))
+            actions = torch.from_numpy(np.concatenate([episode.actions for episode in episodes]))
+            returns = [discounted_returns(episode.rewards, args.gamma) for episode in episodes]
+            returns = normalize_returns(returns) if args.normalize_returns else torch.cat(returns)
+            batch = obs.to(device), actions.to(device), returns.to(device)
+            metrics = update(policy, optimizer, *batch, len(episodes))
+
+            # Log, evaluate, save.
+            run.log(metrics | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
+            if run.is_due(args.eval_frequency):
+                run.evaluate()
+            if run.is_due(args.checkpoint_frequency):
+                run.save()
+        return run.finish()
+
+
+def play(args: Args, policy: Policy, obs: np.ndarray) -> np.ndarray:
+    """How the trained policy is evaluated: observations (N, O) -> actions (N,)."""
+    return act(policy, obs, greedy=True)
+
+
+def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
+    """Plays args.eval_episodes whole episodes: their mean return and length.
+
+    It has environments of its own and leaves the random numbers of the training alone. The first
+    episode is drawn into the file `gif`, if there is one.
+    """
+    num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
+    quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
+    envs = Envs(args, num_envs, EVALUATION, draw=gif is not None)
+    with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        envs.reset()
+        while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
+            if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
+                frames.append(envs.render())
+                if len(frames) > MAX_FRAMES:  # from now on every fourth frame, every eighth ...
+                    frames, stride = frames[::2], 2 * stride
+            envs.step(play(args, network, envs.obs[which]), which)
+    if gif is not None:
+        images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
+        with refusing(f"cannot write {gif}", OSError):
+            images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
+                           loop=0)  # fmt: skip
+    _, returns, lengths = np.array(envs.finished).T
+    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+    return float(returns.mean()), float(lengths.mean())
+
+
+# ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------
+
+MAX_EPISODE_STEPS = 10_000  # time limit of environments that have none of their own
+MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
+TRAINING, EVALUATION = 0, 1  # streams of seeds
+
+
+class UsageError(ValueError):
+    """What the user can mend, or has to know. `main` prints it as one line."""
+
+
+@contextlib.contextmanager
+def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Makes errors of these types a UsageError: of one line, and about `what`."""
     try:
-        with progress_bar(global_step, args.total_timesteps) as bar:
-            while global_step < args.total_timesteps:
-                if args.anneal_lr:
-                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
-
-                # Act: N whole episodes of the current policy.
-                seeds = episode_seeds(args.seed, (TRAINING, num_updates), args.episodes_per_update)
-                episodes = play_episodes(envs, policy, seeds)
-
-                # Learn: one gradient step. It changes the policy, so these episodes are of no use any more.
-                obs = torch.from_numpy(np.array([row for episode in episodes for row in episode.obs]))
-                actions = torch.tensor([action for episode in episodes for action in episode.actions])
-                returns = [discounted_returns(episode.rewards, args.gamma) for episode in episodes]
-                step_returns = normalize_returns(returns) if args.normalize_returns else torch.cat(returns)
-                batch = (obs.to(device), actions.to(device), step_returns.to(device))
-                metrics = update(policy, optimizer, *batch, len(episodes))
-
-                # Log, save.
-                num_updates += 1
-                global_step += len(actions)
-                episodic_return = float(np.mean([sum(episode.rewards) for episode in episodes]))
-                scalars = {
-                    "charts/episodic_return": episodic_return,
-                    "charts/episodic_length": len(actions) / len(episodes),
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                    "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),
-                }
-                for tag, value in (scalars | metrics).items():
-                    writer.add_scalar(tag, value, global_step)
-                bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
-                bar.update(min(global_step, args.total_timesteps) - bar.n)
-                due = is_due(global_step, len(actions), args.checkpoint_frequency)
-                if due or global_step >= args.total_timesteps:
-                    save()
-                    envs = make_envs(args)  # new ones, as in a resumed run, so that both go on alike
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        stop(error, global_step, run_dir)
-
-    log_evaluation(writer, args, run_dir, global_step, *evaluate(args, envs, policy, run_dir))
-    print(run_dir)
-    return run_dir
+        yield
+    except errors as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UsageError(f"{what}: {cause}") from error
 
 
-def evaluate(args: Args, envs: list[gym.Env], policy: Policy, run_dir: Path) -> tuple[float, float]:
-    """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
-    seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    episodes, frames = [], ([] if args.capture_video else None)
-    for first in range(0, len(seeds), len(envs)):
-        group = seeds[first : first + len(envs)]
-        episodes += play_episodes(envs, policy, group, greedy=True, frames=None if first else frames)
-    returns = [sum(episode.rewards) for episode in episodes]
-    print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
-    if frames:
-        fps = envs[0].metadata.get("render_fps") or 30
-        path, milliseconds = run_dir / "episode.gif", 2 * 1000 / fps  # of every second frame, to halve the file
-        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
-        print(f"Animated picture: {path}")
-    return float(np.mean(returns)), float(np.mean([len(episode.rewards) for episode in episodes]))
+class Result(NamedTuple):
+    """What came of a run; also in its result.json. Means are over the episodes of evaluation."""
+
+    folder: str
+    episodic_return: float
+    episodic_length: float
+    steps: int
+    seconds: float  # of training, without pauses
 
 
-# ---- Runs, checkpoints, command line --------------------------------------------------------------------------------
+def check(args: "Args") -> None:
+    """Refuses arguments that have another type than theirs, or are out of bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if type(value) not in (str, int, float, bool, type(None)):
+            raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
+        str(value).encode()  # raises a ValueError if it is not UTF-8
+        if hasattr(hint, "__metadata__"):
+            kind, (low, high) = hint.__origin__, hint.__metadata__
+            if not (isinstance(value, int | kind) and low <= value <= high):
+                raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--resume and --evaluate exclude each other")
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr."""
-    print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
+def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
+    """The environment, with a time limit, and with observations that are vectors."""
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    errors = gym.error.Error, ImportError, *([TypeError, ValueError] if args.env_kwargs != "{}" else [])
+    with refusing(f"cannot make the environment {args.env_id!r} with {args.env_kwargs}", *errors):
+        if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
+            raise ImportError("this is no name")
+        kwargs = json.loads(args.env_kwargs)
+        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+    if render_mode is not None:  # what is missing should not come to light after the training
+        with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+            env.reset()
+            if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
+                raise ValueError("it does not draw arrays (H, W, 3) of uint8")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    space = env.observation_space
+    if not space.is_np_flattenable:
+        raise UsageError(f"needs observations of a fixed size; {args.env_id} has {space}")
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if flat else gym.wrappers.FlattenObservation(env)
 
 
-def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path) -> NoReturn:
-    """Ends a training with one line that says what happened when, and what can be done now."""
-    if isinstance(error, KeyboardInterrupt):
-        fail(f"interrupted at step {step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
-    fail(f"step {step}: {error}. Are the environment's observations and rewards finite? If so, try a lower "
-         f"--learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+class Envs:
+    """N environments, stepped side by side. Where an episode ends, the next one begins.
+
+    An episode is given by its seed and its actions, and its seed by (the run's seed, the stream,
+    the environment, the episode's number). A checkpoint holds this number and the actions so far;
+    `reset` replays them, and the environments stand where they stood.
+    """
+
+    def __init__(self, args: Args, num_envs: int, stream: int, draw: bool = False) -> None:
+        self.envs = [make_env(args, "rgb_array" if draw and i == 0 else None) for i in range(num_envs)]
+        self.seed, self.stream = args.seed, stream
+        self.fps = self.envs[0].metadata.get("render_fps") or 30
+        flattened = isinstance(self.envs[0], gym.wrappers.FlattenObservation)
+        self.obs_space = (self.envs[0].env if flattened else self.envs[0]).observation_space
+        self.action_space = self.envs[0].action_space
+        self.first_action = getattr(self.action_space, "start", 0)  # nearly always 0
+        self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
+        self.steps, self.finished = 0, []  # of all; (step, return, length) of each finished episode
+        self.episodes = [0] * num_envs  # finished ones; of the running ones, the following three
+        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
+        self.actions = [[] for _ in self.envs]
+
+    def begin(self, i: int) -> None:
+        """Begins an environment's next episode."""
+        key = self.stream, i, self.episodes[i]
+        (seed,) = np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1).tolist()
+        self.obs[i] = np.reshape(self.envs[i].reset(seed=seed)[0], -1)
+
+    def reset(self) -> None:
+        """Begins the first episodes, or those of a checkpoint, up to where they were."""
+        saved = self.obs.copy()
+        for i, env in enumerate(self.envs):
+            self.begin(i)
+            for action in self.actions[i]:
+                self.obs[i] = np.reshape(env.step(action)[0], -1)
+        if self.steps > 0 and not np.array_equal(saved, self.obs):
+            print("Warning: an episode was not the same when it was repeated. The run goes on, "
+                  "but not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+
+    def step(self, actions: np.ndarray, which: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """One step in all environments, or in the n of `which`, by actions (n, ...).
+
+        Returns next_obs (n, O), rewards, terminated, truncated (n,). Where an episode ended,
+        next_obs is its last observation, and self.obs is the first one of the next episode.
+        """
+        which = range(len(self.envs)) if which is None else which
+        next_obs = np.empty((len(which), *self.obs.shape[1:]), np.float32)
+        rewards = np.empty(len(which), np.float32)
+        terminated, truncated = np.empty((2, len(which)), dtype=bool)
+        for row, (i, action) in enumerate(zip(which, actions + self.first_action)):
+            obs, reward, terminated[row], truncated[row], _ = self.envs[i].step(action)
+            next_obs[row] = self.obs[i] = np.reshape(obs, -1)
+            rewards[row] = reward = np.asarray(reward).item()  # it may be an array of one number
+            self.steps += 1
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            self.actions[i].append(action)
+            if terminated[row] or truncated[row]:
+                self.finished.append((self.steps, self.returns[i], self.lengths[i]))
+                self.episodes[i] += 1
+                self.returns[i], self.lengths[i], self.actions[i] = 0.0, 0, []
+                self.begin(i)
+        if not (np.isfinite(next_obs).all() and np.isfinite(rewards).all()):
+            raise UsageError("an observation or a reward of the environment is not finite")
+        return next_obs, rewards, terminated, truncated
+
+    def render(self) -> np.ndarray:
+        """A picture of the first environment, (H, W, 3)."""
+        return self.envs[0].render()
+
+    def close(self) -> None:
+        """Closes all environments, once."""
+        while self.envs:
+            self.envs.pop().close()
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds."""
+        actions = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        counts = {name: getattr(self, name) for name in ("steps", "episodes", "returns", "lengths")}
+        return counts | {"actions": actions, "obs": torch.from_numpy(self.obs)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes that back; then `reset` has to be called."""
+        if state["obs"].shape != self.obs.shape:
+            raise ValueError(f"observations were {tuple(state['obs'].shape)}, {self.obs.shape} now")
+        self.steps, self.episodes = int(state["steps"]), list(state["episodes"])
+        self.returns, self.lengths = list(state["returns"]), list(state["lengths"])
+        self.actions = [list(actions.numpy()) for actions in state["actions"]]
+        self.obs = state["obs"].numpy()
 
 
-def pick_device(name: str) -> torch.device:
-    """auto is the CPU: calling a GPU takes longer than computing so small a network."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name, True):
-        fail(f"--device {name}: PyTorch finds no such device on this machine")
-    return torch.device("cpu" if name == "auto" else name)
+class Run:
+    """A training's folder, lock, log, progress bar and checkpoints; closed however it ends."""
+
+    def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
+        self.args, self.envs, self.network = args, envs, network
+        self.parts = {"envs": envs, "network": network} | parts  # what a checkpoint holds
+        self.seconds, self.best, self.saved_step = 0.0, -math.inf, -1
+        self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
+        with contextlib.ExitStack() as stack:  # closes what is open if something fails
+            stack.callback(envs.close)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(args.num_threads or os.cpu_count())
+            if args.capture_video:
+                make_env(args, "rgb_array").close()
+            with refusing("cannot write", OSError):  # for example if another process has the lock
+                self.folder = make_folder(args) if args.resume is None else Path(args.resume)
+                stack.enter_context(FileLock(self.folder / "lock", blocking=False))
+            if args.resume is not None:
+                self.load()
+            envs.reset()
+            self.first_step, self.start = envs.steps, time.perf_counter()
+            self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+            stack.callback(self.writer.close)
+            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", envs.steps)
+            moves = sys.stderr.isatty() or "ipykernel" in sys.modules  # else: few lines in a log
+            self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
+                            unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
+            stack.callback(self.bar.close)
+            if (threading.current_thread() is threading.main_thread()
+                    and signal.getsignal(signal.SIGINT) is signal.default_int_handler):  # fmt: skip
+                stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGINT, self.interrupt)
+            print(f"Training in {self.folder}", flush=True)
+            if self.saved_step < 0:
+                self.save()  # from here on there is something to resume
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self.stack.close()
+        if error is not None:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+            error.add_note(f"Stopped at step {self.envs.steps}. To go on from the checkpoint of "
+                           f"step {self.saved_step}:\n{command}")  # fmt: skip
+
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C lets the loop end its round and save; once more, and it stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def goes_on(self) -> bool:
+        """Whether there are steps left to train. Saves after Ctrl-C, and stops."""
+        if self.interrupted:
+            self.save()
+            raise KeyboardInterrupt
+        self.round_start = self.envs.steps
+        return self.envs.steps < self.args.total_timesteps
+
+    def is_due(self, frequency: int) -> bool:
+        """Whether this round of the loop has passed a multiple of so many steps."""
+        return frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """Writes metrics and the episodes that have ended, moves the bar, looks for NaN."""
+        seconds = time.perf_counter() - self.start
+        metrics = metrics | {"charts/SPS": (self.envs.steps - self.first_step) / seconds}
+        with refusing("cannot write the log", OSError):
+            for step, episodic_return, length in self.envs.finished:
+                self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+                self.writer.add_scalar("charts/episodic_length", length, step)
+                self.recent.append(episodic_return)
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, float(value), self.envs.steps)
+        self.envs.finished.clear()
+        if self.recent:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent):.1f}", refresh=False)
+        self.bar.update(min(self.envs.steps, self.args.total_timesteps) - self.bar.n)
+        numbers = [*metrics.values(), *(w.sum() for w in self.network.state_dict().values())]
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError("a loss or a weight is not finite: try a lower --learning-rate")
+
+    def save(self) -> None:
+        """Writes a checkpoint. It changes nothing in the run, so this may happen at any step."""
+        self.log({})
+        self.writer.flush()  # the log must not lag behind the checkpoint
+        seconds = self.seconds + time.perf_counter() - self.start
+        state = {"best": self.best, "seconds": seconds, "random_state": torch.get_rng_state()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
+        self.saved_step = self.envs.steps
+
+    def load(self) -> None:
+        """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
+        state = read_checkpoint(self.folder)
+        with refusing(f"the checkpoint in {self.folder} does not fit", Exception):
+            self.seconds, self.best = float(state["seconds"]), float(state["best"])
+            torch.set_rng_state(state["random_state"])
+            for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    state[name]["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(state[name])
+        self.saved_step = self.envs.steps
+
+    def evaluate(self) -> None:
+        """Evaluates while training, and keeps the best network so far in best.pt."""
+        mean, length = evaluate(self.args, self.network)
+        self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
+        if mean > self.best:
+            self.best, state = mean, {"network": self.network.state_dict()}
+            write_checkpoint(self.folder / "best.pt", self.args, state)
+
+    def finish(self) -> Result:
+        """Saves, evaluates, and writes result.json and the last points of the log."""
+        path, steps = self.folder / "result.json", self.envs.steps
+        if steps > self.saved_step:
+            self.save()
+        elif path.exists() and json.loads(path.read_text())["steps"] == steps:
+            print("This run has ended. To train it further, give a larger --total-timesteps.")
+            return Result(**json.loads(path.read_text()) | {"folder": str(self.folder)})
+        seconds = self.seconds + time.perf_counter() - self.start
+        self.envs.close()
+        gif = self.folder / "episode.gif" if self.args.capture_video else None
+        mean, length = evaluate(self.args, self.network, gif)
+        if gif is not None:  # add_image would show a still picture
+            image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+            summary = Summary(value=[Summary.Value(tag="eval/episode", image=image)])
+            self.writer.file_writer.add_summary(summary, steps)
+        self.log({"eval/episodic_length": length})
+        # The tab HPARAMS: first which script it was, and its result.
+        row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
+        row = {name: value for name, value in row.items() if value is not None}
+        self.writer.add_hparams(row, {"eval/episodic_return": mean}, run_name=".", global_step=steps)
+        result = Result(str(self.folder), mean, length, steps, seconds)
+        with refusing("cannot write", OSError):
+            path.write_text(json.dumps(result._asdict()))
+        return result
 
 
-def make_run_dir(args: Args) -> Path:
-    """Makes the folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>, which must be new."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+def make_folder(args: Args) -> Path:
+    """A new folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_checkpoint(path: Path, args: Args, state: dict) -> None:
+    """Writes a new file, then renames it: whenever the process dies, old or new one is whole."""
+    new = path.with_suffix(".tmp")
+    state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
     try:
-        run_dir.mkdir(parents=True)
-        return run_dir
-    except FileExistsError:
-        if not run_dir.is_dir():
-            raise
-        time.sleep(1)  # another run began in this second
-        return make_run_dir(args)
+        with refusing(f"cannot write {path}", OSError, RuntimeError), open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def settings(args: Args) -> dict:
-    """All arguments but --resume and --evaluate, which are this call's alone."""
-    return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
-
-
-def open_log(run_dir: Path, args: Args, step: int) -> SummaryWriter:
-    """TensorBoard's writer, with a table of the arguments. Hides what was logged after the checkpoint of that step."""
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    rows = [f"|{name}|{value}|" for name, value in settings(args).items()]
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
-    return writer
-
-
-def log_evaluation(
-    writer: SummaryWriter, args: Args, run_dir: Path, step: int, mean_return: float, mean_length: float
-) -> None:
-    """The last points of a run, its picture, and its row in the HPARAMS tab."""
-    writer.add_scalar("eval/episodic_length", mean_length, step)  # add_hparams adds eval/episodic_return
-    if args.capture_video:  # add_image would show a still picture
-        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), step)
-    compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
-    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
-    writer.close()
-
-
-def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
-
-
-def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
-    """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
-    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight or a running statistic is no longer finite")
-    states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
-    with open(run_dir / "checkpoint.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-
-
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
-    path = Path(run_dir) / "checkpoint.pt"
+def checkpoint_path(path: str | Path) -> Path:
+    """checkpoint.pt in the folder of a run; or the file itself."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
-        if not isinstance(state, dict) or state.get("script") != SCRIPT:
-            fail(f"{path} is not a checkpoint of {SCRIPT}.py")
-        state["args"] = Args(**state["args"])
-        if args is not None:
-            refuse_changes(args, state["args"])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state
-    except Exception as error:  # a cut or foreign file fails in a dozen ways
-        fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
+        raise UsageError(f"there is no checkpoint {str(path)!r}")
+    return path
 
 
-def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
-    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
-    for name, value in asdict(saved).items():
-        if name not in changeable and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
-    if args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+def read_checkpoint(path: str | Path) -> dict:
+    """What `write_checkpoint` wrote, if it is unchanged to the last byte."""
+    path = checkpoint_path(path)
+    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):  # fails in a dozen ways
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of a stranger
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is one of {state['script']}.py")
+        return state | {"args": Args(**state["args"])}
+
+
+def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs, nn.Module]:
+    """A checkpoint's arguments, environments (closed) that it is for, and its network."""
+    state = read_checkpoint(path)
+    args = args or state["args"]
+    with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
+        network = make_network(args, envs)
+    with refusing(f"{path} does not fit {args.env_id}", Exception):
+        network.load_state_dict(state["network"])
+    return args, envs, network.to(args.device)
+
+
+def load_policy(path: str | Path) -> Callable:
+    """The policy of a run, or of a best.pt: a function from one observation to one action.
+
+    Both are as in the environment: `env.step(policy(obs))`.
+    """
+    args, envs, network = load_network(path)
+
+    def policy(obs):
+        row = np.reshape(gym.spaces.flatten(envs.obs_space, obs), (1, *envs.obs.shape[1:]))
+        return (play(args, network, row.astype(envs.obs.dtype)) + envs.first_action)[0]
+
+    return policy
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", nargs="?")
-    finder.add_argument("--evaluate", nargs="?")
-    found, _ = finder.parse_known_args()
+    """The command line. With --resume or --evaluate, the arguments of that run are the defaults."""
+    words = [re.sub(r"^(\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), w) for w in sys.argv[1:]]
+    runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
+    run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
-        saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
-        default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
+    if (run.resume is None) != (run.evaluate is None):
+        default = replace(read_checkpoint(run.resume or run.evaluate or "")["args"], **vars(run))
+    # --help shows two groups of arguments: what is learned, and from exp_name on, how it is run.
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Args), re.M))
+    groups, hints = {"algorithm": [], "run": []}, get_type_hints(Args, include_extras=True)
+    for name in asdict(default):
+        group = "run" if name == "exp_name" or groups["run"] else "algorithm"
+        hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
+        groups[group].append((name, hint, getattr(default, name)))
+    parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
+    command = make_dataclass("Command", [(n, tyro.conf.OmitArgPrefixes[p]) for n, p in parts.items()])
+    doc = __doc__ or SCRIPT  # python -OO leaves no docstring
+    about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
+    parsed = tyro.cli(command, args=words, description="\n\n".join(about))
+    with refusing("arguments", ValueError, RuntimeError, AssertionError):
+        args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+        torch.zeros(1, device=args.device).cpu()  # is there such a device?
+        return args
 
 
 def main() -> None:
+    """Trains or evaluates as the command line says. The last line is the folder of the run."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to end
     try:
         args = parse_args()
         if args.evaluate is None:
-            train(args)
+            print(train(args).folder)
         else:
-            envs = make_envs(args)
-            policy = Policy(envs[0].observation_space.shape[0], int(envs[0].action_space.n))
-            load_checkpoint(args.evaluate, args, policy=policy)
-            evaluate(args, envs, policy.to(pick_device(args.device)), Path(args.evaluate))
-            print(args.evaluate)
-    except FloatingPointError as error:
-        fail(str(error), code=1)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
-        if "allocate" not in str(error):
-            raise
-        fail(f"not enough memory: {error}")
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+            folder = checkpoint_path(args.evaluate).parent
+            gif = folder / "episode.gif" if args.capture_video else None
+            evaluate(args, load_network(args.evaluate, args)[-1], gif)
+            print(folder)
+    except UsageError as error:
+        message = " ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{SCRIPT}:", *message.split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"{SCRIPT}: interrupted", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
