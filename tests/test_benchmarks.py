@@ -184,6 +184,13 @@ def test_readme_is_short():
     assert len(README.read_text().splitlines()) <= 114 + len(NAMES)
 
 
+@pytest.mark.parametrize("program", ["floor", "learn", "plot", "sb3", "speed"])
+def test_benchmarks_name_no_script(program):
+    """So that a new algorithm is two files: the script and its test."""
+    source = (plot.RESULTS.parent / f"{program}.py").read_text()
+    assert [name for name in NAMES if name in source] == []
+
+
 def test_text_by_hand_outlives_the_tables():
     page = "a\n<!-- x -->\nold\n<!-- end -->\nb `<!-- x -->` c\n<!-- y -->\n<!-- end -->\n"
     assert plot.fill(page, "x", r"new \1") == page.replace("old", "\nnew \\1\n")

@@ -296,7 +296,8 @@ def speed() -> str:
     heads = {script: speeds(script)[0] for script in scripts() if speeds(script)[0]}
     lines = [set(head.items()) for head in heads.values()]
     common = set.intersection(*lines) if lines else set()
-    parts = ["\n".join(f"- {key}: {value}" for key, value in sorted(common))]
+    parts = ["Unless a table says otherwise:"]
+    parts += ["\n".join(f"- {key}: {value}" for key, value in sorted(common))]
     for script, head in heads.items():
         own = [f"{key}: {value}." for key, value in head.items() if (key, value) not in common]
         parts += [f"### {script}.py", *own, speed_table(script)]
@@ -306,9 +307,8 @@ def speed() -> str:
 def speed_table(script: str) -> str:
     programs = speeds(script)[1]
     peers = [peer for peer in constant(script, "SPEED")["peers"] if peer in programs]
-    names = {peer: peer.split("'s ")[0] for peer in peers}
+    names = {peer: peer.replace("Stable-Baselines3", "SB3").split("'s ")[0] for peer in peers}
     columns = "".join(f" × {name} |" for name in names.values())
-    columns = columns.replace("Stable-Baselines3", "SB3")
     lines = [f"| | Steps/s |{columns} GB |", f"|-|-|{'-:|' * len(peers)}-:|"]
     for program, rounds in programs.items():
         values, memory = [value for value, _ in rounds], max(gb for _, gb in rounds)
