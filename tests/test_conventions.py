@@ -14,7 +14,6 @@ import sys
 from dataclasses import asdict
 
 import pytest
-import plot
 from conftest import ROOT, SCRIPTS
 
 SOURCES = {path.name: path.read_text() for path in SCRIPTS}
@@ -219,19 +218,7 @@ def metadata(sources):
                 yield f"{name}: {package} was never run as old as its lower bound says"
 
 
-def readme(sources):
-    for name, source in sources.items():
-        rows = [line for line in README.splitlines() if line.startswith(f"| [{name}](cleanrl_style/{name}) |")]
-        if len(rows) != 1:
-            yield f"{name}: README.md has {len(rows)} rows for it"
-        elif f"| {len(source.splitlines())} |" not in rows[0]:
-            yield f"{name}: README.md gives another number of lines than {len(source.splitlines())}"
-    for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README):
-        if not (ROOT / "".join(target)).exists():
-            yield f"README.md links to {''.join(target)}, which does not exist"
-
-
-RULES = [docstrings, imports, flags, same_name_same_code, tags, form, metadata, readme]
+RULES = [docstrings, imports, flags, same_name_same_code, tags, form, metadata]
 
 
 # ---- The tests ------------------------------------------------------------------------------------------------------
@@ -256,7 +243,6 @@ BROKEN = [
     (metadata, r'"tqdm>=', '"tqdm>=9'),
     (metadata, r'"torch>=2\.\d+', '"torch>=1.9'),
     (metadata, r'"tyro>=', '"rich>=1.0", "tyro>='),
-    (readme, r"\n$", "\n\n"),
 ]
 
 
@@ -405,18 +391,6 @@ def test_packages_that_are_not_named_come_with_one_that_is():
     for module, package in MODULE_OF_A_DEPENDENCY.items():
         names = " ".join(importlib.metadata.requires(package)).lower()
         assert {"PIL": "pillow"}.get(module, module) in names
-
-
-def test_readme_and_docstrings_say_what_the_records_say():
-    assert plot.records()
-    assert plot.with_tables(README) == README, "python tests/benchmarks/plot.py writes the tables"
-    assert plot.speed_page() == (plot.RESULTS / "speed.md").read_text()
-    assert f"{plot.times_the_tutorial()} as many steps a second as a typical tutorial's" in " ".join(README.split())
-    for record in plot.records():
-        docstring = " ".join(ast.get_docstring(ast.parse(SOURCES[record.split("__")[0] + ".py"])).split())
-        assert plot.summary(record) in docstring, f"{record}: {plot.summary(record)}"
-        assert plot.last20(record) in docstring, record
-        assert plot.last20(record).split(" in ")[0] in " ".join(README.split()), record
 
 
 def test_ci_finds_the_command_in_the_readme_and_nothing_else(tmp_path):
