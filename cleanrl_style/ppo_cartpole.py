@@ -255,7 +255,8 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
     The gradient is 0 where the ratio is clipped and has moved as A asks for. Where it has moved
     the other way, the minimum is the unclipped term, and the gradient brings it back.
     """
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
 class Batch(NamedTuple):
@@ -281,7 +282,8 @@ def make_batch(
     logits, values = agent(obs)
     _, next_values = agent(next_obs)
     log_probs, _ = log_prob_and_entropy(logits, actions)
-    advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+    ends = terminated, truncated
+    advantages = gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     columns = obs, actions, log_probs, advantages, advantages + values
     return Batch(*(column.flatten(0, 1) for column in columns))
 
@@ -412,8 +414,9 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
-    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-    return float(returns.mean()), float(lengths.mean())
+    mean, deviation = returns.mean(), returns.std()
+    tqdm.write(f"Evaluation: return {mean:.1f} ± {deviation:.1f} over {len(returns)} episodes")
+    return float(mean), float(lengths.mean())
 
 
 # ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------
@@ -466,8 +469,9 @@ def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
     """The environment, with a time limit, and with observations that are vectors."""
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-    errors = gym.error.Error, ImportError, *([TypeError, ValueError] if args.env_kwargs != "{}" else [])
-    with refusing(f"cannot make the environment {args.env_id!r} with {args.env_kwargs}", *errors):
+    errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
+    what = f"cannot make the environment {args.env_id!r} with {args.env_kwargs}"
+    with refusing(what, gym.error.Error, ImportError, *errors):
         if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
             raise ImportError("this is no name")
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
@@ -495,7 +499,8 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, stream: int, draw: bool = False) -> None:
-        self.envs = [make_env(args, "rgb_array" if draw and i == 0 else None) for i in range(num_envs)]
+        modes = ["rgb_array" if draw and i == 0 else None for i in range(num_envs)]
+        self.envs = [make_env(args, mode) for mode in modes]
         self.seed, self.stream = args.seed, stream
         self.fps = self.envs[0].metadata.get("render_fps") or 30
         flattened = isinstance(self.envs[0], gym.wrappers.FlattenObservation)
@@ -522,8 +527,8 @@ class Envs:
             for action in self.actions[i]:
                 self.obs[i] = np.reshape(env.step(action)[0], -1)
         if self.steps > 0 and not np.array_equal(saved, self.obs):
-            print("Warning: an episode was not the same when it was repeated. The run goes on, "
-                  "but not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+            print("Warning: an episode was not the same when it was repeated. The run goes on, but "
+                  "not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
 
     def step(self, actions: np.ndarray, which: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """One step in all environments, or in the n of `which`, by actions (n, ...).
@@ -754,7 +759,7 @@ def read_checkpoint(path: str | Path) -> dict:
     with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):  # fails in a dozen ways
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of a stranger
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         if state["script"] != SCRIPT:
             raise ValueError(f"it is one of {state['script']}.py")
         return state | {"args": Args(**state["args"])}
@@ -787,7 +792,8 @@ def load_policy(path: str | Path) -> Callable:
 
 def parse_args() -> Args:
     """The command line. With --resume or --evaluate, the arguments of that run are the defaults."""
-    words = [re.sub(r"^(\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), w) for w in sys.argv[1:]]
+    words = [re.sub(r"^((?:--.*=)?\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), word)
+             for word in sys.argv[1:]]  # fmt: skip
     runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
     run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
     default = Args()
@@ -801,7 +807,8 @@ def parse_args() -> Args:
         hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
         groups[group].append((name, hint, getattr(default, name)))
     parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
-    command = make_dataclass("Command", [(n, tyro.conf.OmitArgPrefixes[p]) for n, p in parts.items()])
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    command = make_dataclass("Command", fields)
     doc = __doc__ or SCRIPT  # python -OO leaves no docstring
     about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
     parsed = tyro.cli(command, args=words, description="\n\n".join(about))
