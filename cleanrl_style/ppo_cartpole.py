@@ -69,6 +69,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 SCRIPT = "ppo_cartpole"  # named in checkpoints and messages
@@ -588,7 +589,7 @@ class Run:
     def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
         self.args, self.envs, self.network = args, envs, network
         self.parts = {"envs": envs, "network": network} | parts  # what a checkpoint holds
-        self.seconds, self.best, self.saved_step = 0.0, -math.inf, -1
+        self.seconds, self.best_return, self.saved_step = 0.0, -math.inf, -1
         self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
         with contextlib.ExitStack() as stack:  # closes what is open if something fails
             stack.callback(envs.close)
@@ -601,6 +602,9 @@ class Run:
                 stack.enter_context(FileLock(self.folder / "lock", blocking=False))
             if args.resume is not None:
                 self.load()
+            if self.old_result() is not None:  # nothing is left to do
+                self.stack = stack.pop_all()
+                return
             envs.reset()
             self.first_step, self.start = envs.steps, time.perf_counter()
             self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
@@ -644,8 +648,9 @@ class Run:
         return self.envs.steps < self.args.total_timesteps
 
     def is_due(self, frequency: int) -> bool:
-        """Whether this round of the loop has passed a multiple of so many steps."""
-        return frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        """Whether this round has passed a multiple of so many steps. The end is left to `finish`."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        return passed and self.envs.steps < self.args.total_timesteps
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Writes metrics and the episodes that have ended, moves the bar, looks for NaN."""
@@ -671,7 +676,7 @@ class Run:
         self.log({})
         self.writer.flush()  # the log must not lag behind the checkpoint
         seconds = self.seconds + time.perf_counter() - self.start
-        state = {"best": self.best, "seconds": seconds, "random_state": torch.get_rng_state()}
+        state = {"seconds": seconds, "random_state": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
         self.saved_step = self.envs.steps
@@ -680,46 +685,55 @@ class Run:
         """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
         state = read_checkpoint(self.folder)
         with refusing(f"the checkpoint in {self.folder} does not fit", Exception):
-            self.seconds, self.best = float(state["seconds"]), float(state["best"])
+            self.seconds = float(state["seconds"])
             torch.set_rng_state(state["random_state"])
             for name, part in self.parts.items():
                 if isinstance(part, torch.optim.Optimizer):
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
         self.saved_step = self.envs.steps
+        if (self.folder / "best.pt").exists():
+            self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
 
-    def evaluate(self) -> None:
-        """Evaluates while training, and keeps the best network so far in best.pt."""
-        mean, length = evaluate(self.args, self.network)
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        """Evaluates, logs the means, and keeps the best network so far in best.pt."""
+        mean, length = evaluate(self.args, self.network, gif)
         self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
-        if mean > self.best:
-            self.best, state = mean, {"network": self.network.state_dict()}
+        if mean > self.best_return:
+            self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
             write_checkpoint(self.folder / "best.pt", self.args, state)
+        return mean, length
+
+    def old_result(self) -> Result | None:
+        """The result of a run that had ended before it was resumed, and has no steps left."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            result = Result(**json.loads((self.folder / "result.json").read_text()))
+            if result.steps == self.envs.steps >= self.args.total_timesteps:
+                return result._replace(folder=str(self.folder))
+        return None
 
     def finish(self) -> Result:
         """Saves, evaluates, and writes result.json and the last points of the log."""
-        path, steps = self.folder / "result.json", self.envs.steps
-        if steps > self.saved_step:
-            self.save()
-        elif path.exists() and json.loads(path.read_text())["steps"] == steps:
+        if (old := self.old_result()) is not None:
             print("This run has ended. To train it further, give a larger --total-timesteps.")
-            return Result(**json.loads(path.read_text()) | {"folder": str(self.folder)})
+            return old
+        self.save()
         seconds = self.seconds + time.perf_counter() - self.start
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
-        mean, length = evaluate(self.args, self.network, gif)
+        mean, length = self.evaluate(gif)
         if gif is not None:  # add_image would show a still picture
             image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
             summary = Summary(value=[Summary.Value(tag="eval/episode", image=image)])
-            self.writer.file_writer.add_summary(summary, steps)
-        self.log({"eval/episodic_length": length})
+            self.writer.file_writer.add_summary(summary, self.envs.steps)
         # The tab HPARAMS: first which script it was, and its result.
         row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
         row = {name: value for name, value in row.items() if value is not None}
-        self.writer.add_hparams(row, {"eval/episodic_return": mean}, run_name=".", global_step=steps)
-        result = Result(str(self.folder), mean, length, steps, seconds)
+        for summary in hparams(row, {"eval/episodic_return": mean}):
+            self.writer.file_writer.add_summary(summary, self.envs.steps)
+        result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
         with refusing("cannot write", OSError):
-            path.write_text(json.dumps(result._asdict()))
+            (self.folder / "result.json").write_text(json.dumps(result._asdict()))
         return result
 
 
