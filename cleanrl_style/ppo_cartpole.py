@@ -607,10 +607,12 @@ class Run:
                 return
             envs.reset()
             self.first_step, self.start = envs.steps, time.perf_counter()
-            self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
-            stack.callback(self.writer.close)
-            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", envs.steps)
+            rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
+            table = "\n".join(f"|{name}|{value}|" for name, value in rows)
+            with refusing("cannot write the log", OSError):
+                self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+                stack.callback(self.close_log)
+                self.writer.add_text("hyperparameters", table, envs.steps)
             moves = sys.stderr.isatty() or "ipykernel" in sys.modules  # else: few lines in a log
             self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
                             unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
@@ -674,7 +676,8 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint. It changes nothing in the run, so this may happen at any step."""
         self.log({})
-        self.writer.flush()  # the log must not lag behind the checkpoint
+        with refusing("cannot write the log", OSError):
+            self.writer.flush()  # the log must not lag behind the checkpoint
         seconds = self.seconds + time.perf_counter() - self.start
         state = {"seconds": seconds, "random_state": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
@@ -732,9 +735,15 @@ class Run:
         for summary in hparams(row, {"eval/episodic_return": mean}):
             self.writer.file_writer.add_summary(summary, self.envs.steps)
         result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
-        with refusing("cannot write", OSError):
+        with refusing("cannot write the result", OSError):
+            self.writer.flush()
             (self.folder / "result.json").write_text(json.dumps(result._asdict()))
         return result
+
+    def close_log(self) -> None:
+        """On a full disk, this fails once more: that is no news."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
 
 
 def make_folder(args: Args) -> Path:
@@ -836,6 +845,8 @@ def main() -> None:
     """Trains or evaluates as the command line says. The last line is the folder of the run."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to end
+    hook = threading.excepthook  # what fails in TensorBoard's thread, its next call raises, too
+    threading.excepthook = lambda args: "tensorboard" in type(args.thread).__module__ or hook(args)
     try:
         args = parse_args()
         if args.evaluate is None:
