@@ -457,7 +457,8 @@ def check(args: "Args") -> None:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if type(value) not in (str, int, float, bool, type(None)):
             raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
-        str(value).encode()  # raises a ValueError if it is not UTF-8
+        with refusing(flag, UnicodeError):  # bytes that are not UTF-8 cannot be printed or saved
+            str(value).encode()
         if hasattr(hint, "__metadata__"):
             kind, (low, high) = hint.__origin__, hint.__metadata__
             if not (isinstance(value, int | kind) and low <= value <= high):
@@ -471,7 +472,7 @@ def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
     errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
-    what = f"cannot make the environment {args.env_id!r} with {args.env_kwargs}"
+    what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
     with refusing(what, gym.error.Error, ImportError, *errors):
         if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
             raise ImportError("this is no name")
@@ -577,8 +578,9 @@ class Envs:
         """Takes that back; then `reset` has to be called."""
         if state["obs"].shape != self.obs.shape:
             raise ValueError(f"observations were {tuple(state['obs'].shape)}, {self.obs.shape} now")
-        self.steps, self.episodes = int(state["steps"]), list(state["episodes"])
-        self.returns, self.lengths = list(state["returns"]), list(state["lengths"])
+        for name, kind in ("episodes", int), ("returns", float), ("lengths", int):
+            setattr(self, name, [kind(value) for value in state[name]])
+        self.steps = int(state["steps"])
         self.actions = [list(actions.numpy()) for actions in state["actions"]]
         self.obs = state["obs"].numpy()
 
