@@ -180,6 +180,7 @@ class Port(Line):
     """A simulator behind one port: there can be only one. Trains, evaluates, leaves nothing open."""
 
     def __init__(self, render_mode=None):
+        super().__init__()
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", int(os.environ["CASE_PORT"])))
 
@@ -330,6 +331,7 @@ class CannotBeDrawn(Line):
     metadata = {"render_modes": ["rgb_array"]}
 
     def __init__(self, way="", render_mode=None):
+        super().__init__()
         self.way = way
 
     def render(self):

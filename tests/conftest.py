@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported; 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -32,6 +33,12 @@ sys.path[:0] = [str(ROOT / "cleanrl_style"), str(TESTS / "benchmarks")]  # for `
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: leave out with -m 'not slow'")
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers the event files of each test from 0: TensorBoard reads file 10 before file 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def path_of(script: str) -> Path:

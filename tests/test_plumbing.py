@@ -195,7 +195,7 @@ def test_environments_that_run(bench, case):
     assert result(bench, ended)["episodic_length"] == limit and "Warning" not in ended.err
 
 
-@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Taxi-v3", "Blackjack-v1"])
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1"])
 def test_observations_that_are_no_vectors(bench, env_id):
     run_dir = bench.train(f"{TINY} --env-id {env_id} --eval-frequency 0")
     env, policy = gym.make(env_id), MODULE.load_policy(run_dir)
@@ -236,7 +236,9 @@ def test_episodes_have_seeds_of_their_own(monkeypatch):
     """Training and evaluation, environments, episodes, runs: no two have a seed in common."""
     seeds = []
     reset = cases.Line.reset
-    monkeypatch.setattr(cases.Line, "reset", lambda env, seed: seeds.append(seed) or reset(env))
+    monkeypatch.setattr(
+        cases.Line, "reset", lambda env, seed, **_: seeds.append(seed) or reset(env, seed=seed)
+    )
     for seed in (1, 2):
         for stream in (MODULE.TRAINING, MODULE.EVALUATION):
             envs = MODULE.Envs(MODULE.Args(env_id="cases:Line-v0", seed=seed), 3, stream)
@@ -430,7 +432,7 @@ def test_flags_beside_resume_replace_those_of_the_run(bench, run_dir, monkeypatc
     assert all(group["lr"] == 1e-5 for group in state(run_dir)["optimizer"]["param_groups"])
 
 
-@pytest.mark.parametrize("change", ["--env-id Acrobot-v1", "--num-envs 3", "--env-id Taxi-v3"])
+@pytest.mark.parametrize("change", ["--env-id Acrobot-v1", "--num-envs 3", "--env-id Taxi-v4"])
 def test_what_cannot_fit_is_refused(bench, run_dir, change):
     before = fingerprint(run_dir)
     is_refused(bench.run(f"--resume run --total-timesteps 9000 {change}"), "run", "does not fit")
@@ -602,21 +604,12 @@ def test_the_bar_moves_in_a_terminal(bench):
 
 @pytest.mark.parametrize("notebook", [True, False])
 def test_the_bar_moves_in_a_notebook_and_not_in_a_log_file(tmp_path, monkeypatch, capsys, notebook):
-    """A second passes between two looks at the clock. Where nothing moves, a line per half a minute."""
+    """Ten times a second, or twice a minute."""
     if notebook:
         monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    clock = iter(range(10**6))
-    tqdm = MODULE.tqdm
-
-    class Bar(tqdm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self._time = lambda: next(clock)
-
-    monkeypatch.setattr(MODULE, "tqdm", Bar)
-    train(tmp_path, total_timesteps=4000)
+    train(tmp_path, total_timesteps=8000)
     drawn = capsys.readouterr().err.count("steps/s")
-    assert drawn >= 20 if notebook else 2 <= drawn < 10
+    assert drawn >= 6 if notebook else drawn <= 3
 
 
 def test_the_speed_is_of_this_process(tmp_path, monkeypatch):
@@ -697,11 +690,13 @@ def test_what_cannot_be_drawn_is_refused_before_the_training(bench, way):
 
 
 @SLOW
-def test_a_terminal_without_unicode_is_no_reason_to_end(bench):
-    bench.environment |= {"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}  # -OO: no docstrings
-    process = bench.start(TINY)
-    out, err = process.communicate()
-    assert process.returncode == 0 and "Evaluation: return" in out, err
+def test_a_terminal_without_unicode_and_python_oo_are_no_reasons_to_end(bench):
+    bench.environment["PYTHONIOENCODING"] = "ascii"
+    out, err = bench.start(TINY).communicate()
+    assert "Evaluation: return" in out, err
+    script = bench.folder / f"{SCRIPT}.py"
+    script.write_text(script.read_text().replace(f'"""{MODULE.__doc__}"""', ""))  # as -OO does
+    assert bench.run(TINY).code == bench.run("--help").code == 0
 
 
 @SLOW
