@@ -478,7 +478,8 @@ class Run:
             if args.capture_video:
                 make_env(args, "rgb_array").close()
             with refusing("cannot write", OSError):  # for example if another process has the lock
-                self.folder = make_folder(args) if args.resume is None else Path(args.resume)
+                new = args.resume is None
+                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
                 stack.enter_context(FileLock(self.folder / "lock", blocking=False))
             if args.resume is not None:
                 self.load()
@@ -530,7 +531,7 @@ class Run:
         return self.envs.steps < self.args.total_timesteps
 
     def is_due(self, frequency: int) -> bool:
-        """Whether this round has passed a multiple of so many steps. The end is left to `finish`."""
+        """Whether this round has passed a multiple of so many steps. `finish` cares for the end."""
         passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
         return passed and self.envs.steps < self.args.total_timesteps
 
@@ -566,8 +567,8 @@ class Run:
 
     def load(self) -> None:
         """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
-        state = read_checkpoint(self.folder)
-        with refusing(f"the checkpoint in {self.folder} does not fit", Exception):
+        state = read_checkpoint(self.args.resume)
+        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
             self.seconds = float(state["seconds"])
             torch.set_rng_state(state["random_state"])
             for name, part in self.parts.items():
@@ -605,17 +606,17 @@ class Run:
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
         mean, length = self.evaluate(gif)
-        if gif is not None:  # add_image would show a still picture
-            image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
-            summary = Summary(value=[Summary.Value(tag="eval/episode", image=image)])
-            self.writer.file_writer.add_summary(summary, self.envs.steps)
         # The tab HPARAMS: first which script it was, and its result.
         row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
         row = {name: value for name, value in row.items() if value is not None}
-        for summary in hparams(row, {"eval/episodic_return": mean}):
-            self.writer.file_writer.add_summary(summary, self.envs.steps)
+        summaries = list(hparams(row, {"eval/episodic_return": mean}))
         result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
         with refusing("cannot write the result", OSError):
+            if gif is not None:  # add_image would show a still picture
+                image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+                summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, self.envs.steps)
             self.writer.flush()
             (self.folder / "result.json").write_text(json.dumps(result._asdict()))
         return result
