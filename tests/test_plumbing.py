@@ -418,6 +418,12 @@ def test_a_finished_run_that_is_resumed_says_so(bench, run_dir):
     assert result.steps == state(run_dir)["envs"]["steps"] and fingerprint(run_dir) == before
 
 
+def test_the_file_may_be_named_in_place_of_the_folder(bench, run_dir):
+    ended = bench.run("--resume run/checkpoint.pt --total-timesteps 3000")
+    assert ended.code == 0 and ended.lines[-1] == "run" and state(run_dir)["envs"]["steps"] >= 3000
+    is_refused(bench.run("--resume run/best.pt --total-timesteps 4000"), "run/best.pt", "does not fit")
+
+
 def test_flags_beside_resume_replace_those_of_the_run(bench, run_dir, monkeypatch):
     steps = state(run_dir)["envs"]["steps"]
     bench.train(f"--resume run --total-timesteps {steps + 1000} --learning-rate 1e-5 --no-anneal-lr")
