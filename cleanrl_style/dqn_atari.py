@@ -1,57 +1,64 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.6.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+#   "torch>=2.6.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16",
+#   "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
-r"""Deep Q-learning (DQN) from pixels, for Atari games.
+"""Deep Q-learning (DQN) from pixels, for Atari games.
 
-Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
-         van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
-Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
-         and take the action of largest Q. What Q should be follows from what came a step later (Bellman's equation):
+Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1.
+         Double Q-learning: van Hasselt et al. (2016), "Deep reinforcement learning with double
+         Q-learning", equation 4.
+Idea     Learn Q(s, a), the expected discounted return of action a in state s if the best actions
+         follow, and act greedily. The target y of Q is Bellman's equation:
 
-             y    = r + gamma * max_a' Q_target(s', a')              the target; y = r if the episode terminated in s'
-             y    = r + gamma * Q_target(s', argmax_a' Q(s', a'))    that of double Q-learning (--double-q)
-             loss = mean of huber(Q(s, a) - y)                       over B transitions (s, a, r, s')
+             y    = r + gamma * max_a' Q_target(s', a')     or r alone, if the episode terminated
+             loss = mean of huber(Q(s, a) - y)             over B transitions (s, a, r, s')
 
-         The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
-         Q_target is a copy of the network from a while ago, so that the network does not chase a target that moves with
-         its every step. With probability epsilon, which decays, an action is random, or nothing new would be tried.
-Differs  Adam in place of RMSProp, and an initialisation that lets the signal through (He et al. 2015). The target
-         network is copied every 250 gradient steps, not every 10,000; epsilon falls from the first step on, to 1%, not
-         10%. N games are played side by side, with one gradient step for every 4 of their steps. Where only a time
-         limit ends a game, y counts what would have followed. Ale-py's vector environment cannot be saved, so each
-         checkpoint begins new games, and those being played are never scored. As in the paper, the learner sees only a
-         reward's sign, and takes the loss of a life for an end; what is logged are whole games' true scores. With
-         --norm-obs, pixels are normalised by running statistics of those in the buffer: moving things stand out. The
-         buffer keeps each frame once, in the file replay.frames of the run's folder, 7.1 GB by default, which must fit
-         into memory; beside it, up to 0.7 GB of what was overwritten since the last checkpoint.
-Shapes   N environments; B transitions of a batch; K actions; R rows of the buffer. Row t of the buffer is the step from
-         t to t+1 in each environment. One step is four frames of the game.
+         Transitions are drawn at random from a replay buffer, as consecutive ones are correlated.
+         Q_target is an older copy of the network, so that the target does not move with every
+         step. An action is random with probability epsilon, which decays.
+         With --double-q, the Q-network chooses a', and Q_target evaluates it: the maximum of noisy
+         estimates is too large on average.
+Differs  Adam instead of RMSProp. Q_target is copied every 250 gradient steps, not every 10,000;
+         epsilon decays from the first step on, to 1%. N games are played side by side, with one
+         gradient step for every 4 of their steps. As in the paper, the learner sees the sign of a
+         reward, and a lost life as an end; what is logged are the true scores of whole games. A
+         step that a time limit truncated is not learned from. With --norm-obs, pixels are
+         normalised by running statistics of the buffer.
+Shapes   N games; B transitions of a batch; K actions; R rows of the buffer. One step is four frames.
 Run      python dqn_atari.py
-         python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --norm-obs --double-q --buffer-size 100000 \
-             --learning-starts 10000 --target-network-frequency 500 --exploration-fraction 0.125 --learning-rate 3e-4
-Expect   Pong with these flags, in bfloat16, on one core (--num-threads 1) of an AMD EPYC, mean over seeds 1 to 3 (worst
-         to best seed):
-             19.7 (19.4 to 20.0)    10 games after training, epsilon 0.01
-             600k steps in 90 min beside another run: 18.3 to 19.6 in the last 20 training games
-         Breakout, 1M steps with these flags but --buffer-size 1000000 --max-grad-norm 0.5 --anneal-lr, seed 1 alone:
+         python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --norm-obs --double-q \
+             --buffer-size 100000 --learning-starts 10000 --target-network-frequency 500 \
+             --exploration-fraction 0.125 --learning-rate 3e-4
+Expect   Pong with these flags, in bfloat16, on one core of an AMD EPYC beside another run, mean
+         over seeds 1 to 3 (worst to best seed):
+             19.7 (19.4 to 20.0)    10 games after training, epsilon 0.01; 600k steps in 90 min
+         Breakout, 1M steps with these flags but --buffer-size 1000000 --max-grad-norm 0.5
+         --anneal-lr, seed 1 alone:
              82.3    10 games after training, in 132 min beside other work
-         Without the last two it collapsed, to 0.5: Q exploded for screens with few bricks left, which are unusual.
+         Without the last two flags it collapsed, to 0.5.
 """
 
+import contextlib
+import inspect
+import json
 import math
 import os
 import re
-import shutil
+import shlex
+import signal
 import sys
+import threading
 import time
-from argparse import ArgumentParser
+import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import ale_py
 import gymnasium as gym
@@ -59,10 +66,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 gym.register_envs(ale_py)
@@ -70,182 +79,103 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 SCRIPT = "dqn_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
-MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations that --norm-obs takes in, first of all and before each update of the target network
-MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
-RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
+SAMPLE = 1_000  # observations of the buffer that --norm-obs adds at a time
+
+# Types of arguments, with the least and the largest value allowed.
+Steps = Annotated[int, 1, 10**12]
+Frequency = Annotated[int, 0, 10**12]  # steps from one time to the next; 0: never
+Size = Annotated[int, 1, 10**9]
+Count = Annotated[int, 1, 10**6]
+Few = Annotated[int, 1, 4096]
+Share = Annotated[float, 0, 1]
+Positive = Annotated[float, 1e-30, 1e30]
+Weight = Annotated[float, 0, 1e30]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "ALE/Breakout-v5"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
-    seed: int = 1  # of all that is random in the run
-    total_timesteps: int = 10_000_000  # environment steps to train for, at least
+    env_id: str = "ALE/Breakout-v5"  # Gymnasium environment, or my_module:MyEnv-v0
+    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of everything random in the run
+    total_timesteps: Steps = 10_000_000  # environment steps to train for, at least
+    num_envs: Few = 8  # environments stepped side by side (N)
 
-    learning_rate: float = 1e-4  # step size of Adam
-    adam_epsilon: float = 1.5e-4  # is added to the denominator of Adam's step
-    anneal_lr: bool = False  # lower the learning rate linearly, to 0 at the end of the run
-    num_envs: int = 8  # environments that are stepped side by side (N)
-    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
-    gamma: float = 0.99  # discount factor
-    tau: float = 1.0  # share of the Q-network that goes into the target network at each of its updates; 1: a copy
-    target_network_frequency: int = 1_000  # environment steps between updates of the target network
-    batch_size: int = 32  # transitions in one gradient step (B)
-    start_e: float = 1.0  # epsilon, the probability of a random action, at the start
-    end_e: float = 0.01  # epsilon at the end of its decay
-    exploration_fraction: float = 0.1  # share of total-timesteps that the decay takes
-    learning_starts: int = 80_000  # environment steps before the first gradient step
-    train_frequency: int = 4  # environment steps between gradient steps
-    double_q: bool = False  # the Q-network chooses the next action, the target network values it
-    loss: Literal["huber", "squared"] = "huber"  # huber: the gradient of large errors is that of an error of 1
-    max_grad_norm: float | None = None  # longer gradients are cut to this length
-    norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
-    sticky_actions: float = 0.0  # probability that the emulator repeats its last action; Gymnasium's default is 0.25
-    eval_epsilon: float = 0.01  # probability of a random action in evaluation, so that no game goes in circles
+    learning_rate: Positive = 1e-4  # step size of Adam
+    adam_epsilon: Positive = 1.5e-4  # is added to the denominator of Adam's step
+    anneal_lr: bool = False  # lower the learning rate linearly to 0 over the run
+    buffer_size: Size = 1_000_000  # transitions in the replay buffer
+    gamma: Share = 0.99  # discount factor
+    tau: Share = 1.0  # share of the Q-network in an update of the target network; 1: a copy
+    target_network_frequency: Steps = 1_000  # steps between updates of the target network
+    batch_size: Count = 32  # transitions in one gradient step (B)
+    start_e: Share = 1.0  # epsilon, the probability of a random action, at the start
+    end_e: Share = 0.01  # epsilon after its decay
+    exploration_fraction: Share = 0.1  # share of total-timesteps in which epsilon decays
+    learning_starts: Steps = 80_000  # steps before the first gradient step
+    train_frequency: Steps = 4  # steps between gradient steps
+    double_q: bool = False  # the Q-network chooses the next action, the target network evaluates it
+    loss: Literal["huber", "squared"] = "huber"  # huber: gradients of large errors are clipped
+    max_grad_norm: Weight = 0.0  # gradients are clipped to this norm; 0: they are not
+    norm_obs: bool = False  # normalise observations by their running mean and standard deviation
+    sticky_actions: Share = 0.0  # probability that the emulator repeats the last action
+    eval_epsilon: Share = 0.01  # probability of a random action in evaluation: no game goes in circles
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of hidden layers; auto: the fast one
+    compile: bool = False  # compile the networks, for a GPU
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of hidden layers; auto: bfloat16 on CPUs made for it
-    compile: bool = False  # compile the networks; for a GPU
-    num_threads: int = 0  # CPU threads of PyTorch; 0: its own choice, usually one per core
-
-    exp_name: str = SCRIPT  # part of the run folder's name
-    runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks; cuda (if any) for pixels
-    checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the start and the end
-    resume: RunDir = None  # go on with this run from its last checkpoint
-    evaluate: RunDir = None  # play this run's policy, do not train
-    eval_episodes: int = 10  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
+    exp_name: str = SCRIPT  # part of the name of the run's folder
+    runs_dir: str = "runs"  # where the folders of runs are
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
+    num_threads: Annotated[int, 0, 1024] = 0  # CPU threads of PyTorch; 0: one per core
+    checkpoint_frequency: Frequency = 100_000  # steps between checkpoints; 0: only first and last
+    eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
+    eval_episodes: Count = 10  # episodes of one evaluation
+    capture_video: bool = False  # draw the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to go on with; other flags replace that run's
+    evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) not in (str, int, float, bool, type(None)):  # a checkpoint could not be read again
-                raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
-        for name in (
-            "total_timesteps", "num_envs", "buffer_size", "target_network_frequency", "batch_size", "train_frequency",
-            "eval_episodes",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("gamma", "start_e", "end_e", "exploration_fraction", "sticky_actions", "eval_epsilon"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
-        for name in ("checkpoint_frequency", "num_threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
-        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):  # 7 rows by then, of which 4 cannot be drawn
-            raise ValueError("--learning-starts must be at least --batch-size, and 8 times --num-envs")
+        check(self)
+        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):
+            raise ValueError("--learning-starts must be at least --batch-size and 8 * --num-envs")
         if self.buffer_size < self.learning_starts:
-            raise ValueError(f"--buffer-size must be at least --learning-starts, not {self.buffer_size}")
+            raise ValueError("--buffer-size must be at least --learning-starts")
         if self.learning_starts >= self.total_timesteps:
-            raise ValueError("--learning-starts must be less than --total-timesteps, or nothing is learned")
-        if self.resume is not None and self.evaluate is not None:
-            raise ValueError("--resume and --evaluate exclude each other")
+            raise ValueError("--learning-starts must be less than --total-timesteps")
 
 
-# Arguments that do not change what is learned, apart from rounding. --checkpoint-frequency does: it cuts games.
-HOUSEKEEPING = {
-    "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "eval_epsilon", "capture_video",
-    "compile", "num_threads",
-}  # fmt: skip
+# ---- Environment and network ---------------------------------------------------------------------
 
 
-# ---- Environment and network ----------------------------------------------------------------------------------------
+def make_games(args: Args, num_envs: int, **picture: int) -> gym.vector.VectorEnv:
+    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last, 0 at first.
 
-
-def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last; 0 for those before the game.
-
-    The emulators run in native code, in threads of their own: `send` gives them their actions, `recv` waits for what
-    came of them, in new arrays. They wait for a random time at a game's start (no-ops), press FIRE where a game begins
-    only then, repeat each action for four frames (frame skip), take the brighter of the last two for each pixel, in
-    grey, shrink that to 84 x 84, and stack it. With life_loss_info, `terminated` is True when a life is lost, too, and
-    the game goes on. When it is over, the next step ignores its action and begins a new one.
-    """
-    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
-    try:
-        if args.env_id.startswith("ALE/"):
-            return gym.make_vec(
-                args.env_id, num_envs, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
-                repeat_action_probability=args.sticky_actions,
-            )  # fmt: skip
-        envs = OwnEnvs(lambda: gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", wrappers=[limit]))
-    except (gym.error.Error, ImportError, ValueError) as error:
-        meant = f"; the game is ALE/{args.env_id}" if f"ALE/{args.env_id}" in gym.registry else ""
-        fail(f"cannot make the environment {args.env_id!r}: {error}{meant}")
-    if args.sticky_actions:
-        fail(f"--sticky-actions is for the emulator's games; {args.env_id} is none")
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84)
-    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0 and action_space.n <= 256
-    if not (frames and obs_space.dtype == np.uint8 and discrete):
-        fail(f"needs a game such as ALE/Breakout-v5, or observations Box(0, 255, (4, 84, 84), uint8), the newest frame "
-             f"last, 0 before a start, and actions Discrete(n) with n <= 256; {args.env_id} has {obs_space} and "
-             f"{action_space}")  # fmt: skip
-    return envs
-
-
-def make_camera(args: Args) -> gym.vector.VectorEnv | None:
-    """One more game that shows the screen in colour, (1, 1, 210, 160, 3); None if the environment is no emulator.
-
-    From the same seed, by the same actions, it plays the same game.
+    The emulators begin a game by FIRE where it needs that, then by up to 30 no-ops, repeat each
+    action for four frames, take the brighter of the last two for each pixel, in grey, and shrink
+    that to 84 x 84.
     """
     if not args.env_id.startswith("ALE/"):
-        return None
-    return gym.make_vec(
-        args.env_id, 1, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
-        repeat_action_probability=args.sticky_actions, grayscale=False, stack_num=1, img_height=210, img_width=160,
-    )  # fmt: skip
-
-
-def limit(env: gym.Env) -> gym.Env:
-    """The environment with a time limit, if it has none."""
-    return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-
-
-class OwnEnvs(gym.vector.VectorWrapper):
-    """Gives your own environments what the emulators have: `send`, `recv`, and a frame number, 0 in a new game."""
-
-    def __init__(self, make):
-        super().__init__(make())
-        self.make = make
-
-    def reset(self, **keywords):
-        self.env = self.make()  # a new one: some remember more than `reset` clears
-        obs, info = self.env.reset(**keywords | {"seed": [int(seed) for seed in keywords["seed"]]})
-        self.ended, self.frame_numbers = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, int)
-        return obs, info | {"episode_frame_number": self.frame_numbers}
-
-    def send(self, actions):
-        self.actions = actions
-
-    def recv(self):
-        obs, rewards, terminated, truncated, info = self.env.step(self.actions)
-        self.frame_numbers = np.where(self.ended, 0, self.frame_numbers + 1)
-        self.ended = terminated | truncated
-        return obs, rewards, terminated, truncated, info | {"episode_frame_number": self.frame_numbers}
-
-
-TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
-
-
-def env_seeds(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
-    """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
-
-    So a resumed run plays the same games as one that never stopped. The emulators want 31 bits.
-    """
-    return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).astype(np.int64) & 0x7FFFFFFF
+        if args.sticky_actions:
+            raise UsageError(f"--sticky-actions is for the emulator; {args.env_id} has none")
+        games = OwnGames(args, num_envs)
+    else:
+        with refusing(f"cannot make the game {args.env_id!r}", gym.error.Error, ImportError):
+            games = gym.make_vec(
+                args.env_id, num_envs, autoreset_mode="SameStep", reward_clipping=False,
+                repeat_action_probability=args.sticky_actions, **picture,
+            )  # fmt: skip
+    obs_space, action_space = games.single_observation_space, games.single_action_space
+    frames = isinstance(obs_space, gym.spaces.Box) and obs_space.dtype == np.uint8
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    if not (frames and discrete and action_space.n <= 256 and (picture or obs_space.shape == (STACK, 84, 84))):
+        raise UsageError("needs a game such as ALE/Breakout-v5, or observations Box(0, 255, (4, 84, 84), "
+                         "uint8), the newest frame last, and up to 256 Discrete actions; "
+                         f"{args.env_id} has {obs_space} and {action_space}")  # fmt: skip
+    return games
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all rows that it was shown. Being buffers, they are saved and loaded with the network."""
+    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -255,17 +185,17 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Takes in (B, size) more rows: Chan et al. (1979), "Updating formulae", equations 2.1."""
+        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
         total = self.count + len(rows)
         difference = rows.mean(0) - self.mean
         squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference.square() * self.count * len(rows) / total) / total)
+        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
         self.mean += difference * len(rows) / total
         self.count.copy_(total)
 
 
 class QNetwork(nn.Module):
-    """Q(s, .): the network of Mnih et al., three convolutions and two linear layers."""
+    """Q(s, .): three convolutions and two linear layers, as in the paper."""
 
     def __init__(self, num_actions: int, bfloat16: bool, norm_obs: bool) -> None:
         super().__init__()
@@ -278,511 +208,841 @@ class QNetwork(nn.Module):
             nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(512, num_actions)
-        for layer in self.features:  # PyTorch's own initialisation shrinks the signal in every layer, until it drowns
+        for layer in self.features:  # the default initialisation shrinks the signal in every layer
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-        self.to(memory_format=torch.channels_last)  # the faster order in memory: the 4 frames of a pixel side by side
+        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Frames (B, 4, 84, 84) of uint8 -> Q(s, .) (B, K) in float32."""
+        """Frames (B, 4, 84, 84) of uint8 -> Q(s, .) (B, K)."""
+        pixels = self.normalize(obs)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            features = self.features(pixels)
+        return self.head(features.float())  # bfloat16 has 2 digits: too few to compare actions
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Frames (B, 4, 84, 84) of uint8 -> what the convolutions see, in their precision."""
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
         pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype)
         if self.obs_statistics is None:
-            pixels /= 255  # from 0 to 1
-        else:  # what never changes is 0, what rarely changes stands out
-            mean, variance = (
-                statistic.view(84, 84).expand(1, STACK, 84, 84).contiguous(memory_format=torch.channels_last)
-                for statistic in (self.obs_statistics.mean, self.obs_statistics.variance)
-            )
-            pixels.sub_(mean.to(dtype)).div_((variance + 1e-8).sqrt().to(dtype)).clamp_(-10, 10)
-        with torch.autocast(obs.device.type, dtype, enabled=self.bfloat16):
-            features = self.features(pixels)
-        return self.head(features.float())  # bfloat16 has 2 digits, too few for the small differences between actions
+            return pixels.div_(255)
+        statistics = self.obs_statistics.mean, (self.obs_statistics.variance + 1e-8).sqrt()
+        mean, deviation = (
+            values.to(dtype).view(84, 84).expand(1, STACK, 84, 84)
+            .contiguous(memory_format=torch.channels_last) for values in statistics
+        )  # fmt: skip
+        return pixels.sub_(mean).div_(deviation).clamp_(-10, 10)
 
 
-def make_network(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> QNetwork:
-    """A Q-network that fits the environments; auto: bfloat16 where the CPU has instructions for it, else float32."""
-    has_bfloat16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and has_bfloat16)
-    network = QNetwork(int(envs.single_action_space.n), bfloat16, args.norm_obs).to(device)
+def use_bfloat16(args: Args) -> bool:
+    """auto: where the CPU has instructions for it."""
+    has_it = args.device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return args.precision == "bfloat16" or (args.precision == "auto" and has_it)
+
+
+def make_network(args: Args, envs: "Envs") -> QNetwork:
+    """A Q-network for these games."""
+    network = QNetwork(int(envs.action_space.n), use_bfloat16(args), args.norm_obs)
     if args.compile:
         network.compile()
     return network
 
 
-# ---- The algorithm --------------------------------------------------------------------------------------------------
+# ---- The algorithm -------------------------------------------------------------------------------
 
 
 def linear_epsilon(step: int, start: float, end: float, duration: float) -> float:
-    """The probability of a random action: falls linearly from start at step 0 to end at step `duration`, and stays."""
+    """Falls linearly from start at step 0 to end at step `duration`, and stays there."""
     return end if step >= duration else start + (end - start) * step / duration
 
 
 @torch.no_grad()
-def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
-    """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
-    q_values = q_network(obs).cpu()  # to the CPU, whose random numbers a checkpoint saves
-    if not math.isfinite(q_values.sum()):
-        raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
+def act(q_network: nn.Module, obs: np.ndarray, epsilon: float) -> np.ndarray:
+    """Epsilon-greedy actions: observations (N, ...) -> (N,)."""
+    obs = torch.from_numpy(obs).to(next(q_network.parameters()).device)
+    q_values = q_network(obs).cpu()
     random_actions = torch.randint(q_values.shape[1], (len(q_values),))
-    return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
+    actions = torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
+    return actions.numpy()
 
 
 def td_target(
-    rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, next_q_online: Tensor | None = None
+    rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, online_q: Tensor | None = None
 ) -> Tensor:
-    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, K) -> (B,).
+    """y = r + gamma * max_a' Q_target(s', a'), or r if terminated: (B,), (B,), (B, K) -> (B,).
 
-    next_q is Q_target(s', .). The maximum of noisy estimates is too high on average. So in double Q-learning, the
-    Q-network's own Q(s', .), next_q_online, chooses a', and next_q, whose noise had less say in that, values it.
+    next_q is Q_target(s', .). With online_q, Q(s', .) of the Q-network, a' is its best action.
     """
-    best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
+    best_actions = (next_q if online_q is None else online_q).argmax(1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
 
 
 @torch.no_grad()
 def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
-    """Each weight of the target network <- (1 - tau) * itself + tau * the Q-network's: a copy if tau is 1."""
-    torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), tau)
+    """Each weight of the target network <- (1 - tau) * itself + tau * the Q-network's."""
+    for target, source in zip(target_network.parameters(), q_network.parameters()):
+        target.lerp_(source, tau)
 
 
 class Batch(NamedTuple):
     """B transitions. Row b of each:"""
 
-    obs: Tensor  # what the environment showed, not normalised, (B, 4, 84, 84)
-    actions: Tensor  # what was done then, (B,)
-    rewards: Tensor  # the sign of what it brought, (B,)
-    next_obs: Tensor  # what was seen next: after a game's last step, its last observation, (B, 4, 84, 84)
-    terminated: Tensor  # whether a life or the game is over and nothing follows; False at a time limit, (B,)
+    obs: Tensor  # observation, (B, 4, 84, 84)
+    actions: Tensor  # action, (B,)
+    rewards: Tensor  # sign of the reward, (B,)
+    next_obs: Tensor  # next observation, (B, 4, 84, 84); not used where terminated
+    terminated: Tensor  # whether a life or the game is over, (B,)
 
 
 def update(
-    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
-) -> dict[str, Tensor]:
-    """One gradient step on the B transitions of a batch -> metrics, scalars."""
-    with torch.no_grad():  # the target is a constant, although the network made it
-        next_q_online = q_network(batch.next_obs) if args.double_q else None
+    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer,
+    batch: Batch, args: Args,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One gradient step on the B transitions of a batch -> metrics."""
+    with torch.no_grad():  # the target is a constant
+        online_q = q_network(batch.next_obs) if args.double_q else None
         next_q = target_network(batch.next_obs)
-        target = td_target(batch.rewards, batch.terminated, next_q, args.gamma, next_q_online)
+        target = td_target(batch.rewards, batch.terminated, next_q, args.gamma, online_q)
     q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
-    loss = F.huber_loss(q_values, target) if args.loss == "huber" else F.mse_loss(q_values, target)
+    loss = (F.huber_loss if args.loss == "huber" else F.mse_loss)(q_values, target)
     optimizer.zero_grad()
     loss.backward()
-    if args.max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)  # all as one vector
+    if args.max_grad_norm > 0:
+        nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
     optimizer.step()
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
 
 def newest_frames(obs: Tensor) -> Tensor:
-    """Observations (B, 4, 84, 84) of uint8 -> their newest frames (B, 84 * 84), of which the statistics are kept."""
-    return obs[:, -1].flatten(1).float()
+    """Observations (..., 4, 84, 84) of uint8 -> (B, 84 * 84): what the statistics are about."""
+    return obs[..., -1, :, :].reshape(-1, 84 * 84).float()
 
 
-def is_due(step: int, count: int, frequency: int) -> bool:
-    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
-    return frequency > 0 and step % frequency < count
-
-
-# ---- Memory ---------------------------------------------------------------------------------------------------------
+# ---- Memory --------------------------------------------------------------------------------------
 
 
 class ReplayBuffer:
-    """The last R rows of N environments. Each frame is stored once, in a file that is mapped into memory.
+    """The last R rows of N games, with each frame stored once, in a file that is mapped to memory.
 
-    Row t is the step from t to t+1: the newest frame of observation t, the action, and what came of it. The three older
-    frames of observation t are in the rows before, the newest one of observation t+1 is in the row after. So a row can
-    be drawn only while the row after it and the three before it are there. `ages` says how many steps of its game came
-    before a row, or 3 if there were more; frames from before the game are drawn as 0. `valid` is False where a row
-    holds no step, only the last observation of a game that ended, or was cut by a checkpoint.
+    Row t is the step from t to t+1: the newest frame of observation t, the action, and what came of
+    it. The other frames of observation t are in the three rows before, the newest one of t+1 is in
+    the row after. `ages` counts the steps of a game before a row, up to 3: frames from before the
+    game are drawn as 0. After a truncated step, the last observation is in no row, so this step is
+    not drawn.
 
-    A checkpoint leaves out the frames, which are gigabytes, but a run that resumes from it must find them as they were.
-    So rows that are overwritten later are first appended to a second file, and `load_state_dict` puts them back.
+    A checkpoint leaves out the frames, which are gigabytes. Rows that are overwritten after it are
+    appended to a journal first, and `load_state_dict` puts them back.
     """
 
-    COLUMNS = "actions", "rewards", "terminated", "ages", "valid"
+    COLUMNS = "actions", "rewards", "terminated", "truncated", "ages"
 
-    def __init__(self, run_dir: Path, num_rows: int, num_envs: int, create: bool) -> None:
-        self.run_dir, self.num_rows, self.num_envs = run_dir, num_rows, num_envs
-        path, shape = run_dir / "replay.frames", (num_rows, num_envs, 84 * 84)
-        if create:
-            with open(path, "wb") as file:
-                if hasattr(os, "posix_fallocate"):  # not on a Mac
-                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # a full disk fails here, not hours later
-                else:
-                    file.truncate(math.prod(shape))
-        elif not path.is_file() or path.stat().st_size != math.prod(shape):
-            fail(f"{path} is missing, or not of the size that --buffer-size and --num-envs give; a run without it can "
-                 "only be evaluated")  # fmt: skip
-        self.file = np.memmap(path, np.uint8, "r+", shape=shape)
-        self.frames = torch.from_numpy(self.file)
-        self.actions = torch.zeros(num_rows, num_envs, dtype=torch.uint8)
+    def __init__(self, num_rows: int, num_envs: int) -> None:
+        self.num_rows, self.num_envs = num_rows, num_envs
+        self.actions, self.ages = torch.zeros(2, num_rows, num_envs, dtype=torch.uint8)
         self.rewards = torch.zeros(num_rows, num_envs, dtype=torch.int8)
-        self.terminated = torch.zeros(num_rows, num_envs, dtype=torch.bool)
-        self.ages = torch.zeros(num_rows, num_envs, dtype=torch.uint8)
-        self.valid = torch.zeros(num_rows, num_envs, dtype=torch.bool)
-        self.rows_written = 0  # in all, so the next one is row rows_written modulo R
-        self.saved_rows = 0  # rows_written at the last checkpoint
-        self.overwritten = None  # the second file, new with each checkpoint
+        self.terminated, self.truncated = torch.zeros(2, num_rows, num_envs, dtype=torch.bool)
+        self.rows_written = self.saved_rows = 0  # in all, and at the last checkpoint
+        self.journal = None
+
+    def open(self, folder: Path, resume: bool) -> None:
+        """Makes the file for the frames, or opens the one that is there."""
+        self.folder, path = folder, folder / "replay.frames"
+        shape = self.num_rows, self.num_envs, 84 * 84
+        if not resume:
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # a full disk fails now, not hours later
+                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+                file.truncate(math.prod(shape))
+        elif not path.is_file() or path.stat().st_size != math.prod(shape):
+            raise UsageError(f"{path} is missing, or --buffer-size or --num-envs do not fit it")
+        self.file = np.memmap(path, np.uint8, "r+", shape=shape)
+        self.frames = torch.from_numpy(self.file).view(-1, 84, 84)
 
     def add(
-        self, obs: np.ndarray, ages: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray,
-        valid: np.ndarray,
+        self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray,
+        truncated: np.ndarray, ages: np.ndarray,
     ) -> None:  # fmt: skip
-        """One row: observations (N, 4, 84, 84), of which the newest frame is kept, and five arrays (N,)."""
-        if not np.isfinite(rewards).all():
-            raise FloatingPointError("a reward is not finite")
+        """One row: observations (N, 4, 84, 84), whose newest frames are kept, and five of (N,)."""
         row = self.rows_written % self.num_rows
-        if self.num_rows <= self.rows_written < self.saved_rows + self.num_rows:  # the row is the checkpoint's
-            if self.overwritten.write(self.file[row]) != self.file[row].nbytes:
-                raise OSError(f"the disk of {self.run_dir} is full")
+        if self.num_rows <= self.rows_written < self.saved_rows + self.num_rows:
+            with refusing(f"cannot write to {self.folder}", OSError):
+                self.journal.write(self.file[row])  # the row belongs to the checkpoint
         self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
-        values = actions, np.sign(rewards), terminated, np.minimum(ages, STACK - 1), valid
-        for name, value in zip(self.COLUMNS, values):
-            getattr(self, name)[row] = torch.from_numpy(value)
+        values = actions, np.sign(rewards), terminated, truncated, np.minimum(ages, STACK - 1)
+        for name, column in zip(self.COLUMNS, values):
+            getattr(self, name)[row] = torch.from_numpy(column)
         self.rows_written += 1
 
     def sample(self, batch_size: int) -> Batch:
-        """B transitions, all equally likely; not from the newest row and the three oldest, which may lack frames."""
+        """B transitions, uniformly; not of the newest row and the oldest, which may lack frames."""
         count = min(self.rows_written, self.num_rows) - STACK
         first = self.rows_written - 1 - count
         rows = envs = torch.empty(0, dtype=torch.int64)
         while len(rows) < batch_size:
             new_rows = (first + torch.randint(count, (batch_size,))) % self.num_rows
             new_envs = torch.randint(self.num_envs, (batch_size,))
-            valid = self.valid[new_rows, new_envs]
-            rows, envs = torch.cat([rows, new_rows[valid]]), torch.cat([envs, new_envs[valid]])
+            whole = ~self.truncated[new_rows, new_envs]
+            rows, envs = torch.cat([rows, new_rows[whole]]), torch.cat([envs, new_envs[whole]])
         rows, envs = rows[:batch_size], envs[:batch_size]
-        steps_back = torch.arange(STACK - 1, -2, -1)  # 3, 2, 1, 0, and -1 for the next observation's frame
+        steps_back = torch.arange(STACK - 1, -2, -1)  # 3, 2, 1, 0, and -1 for the next observation
         window = ((rows[:, None] - steps_back) % self.num_rows) * self.num_envs + envs[:, None]
-        frames = self.frames.view(-1, 84 * 84).index_select(0, window.flatten()).view(batch_size, STACK + 1, 84, 84)
-        before_start = (steps_back > self.ages[rows, envs][:, None]).nonzero(as_tuple=True)  # quicker than a mask
-        frames[before_start] = 0
+        frames = self.frames.index_select(0, window.flatten()).view(-1, STACK + 1, 84, 84)
+        frames[(steps_back > self.ages[rows, envs][:, None]).nonzero(as_tuple=True)] = 0
         actions, rewards = self.actions[rows, envs].long(), self.rewards[rows, envs].float()
         return Batch(frames[:, :-1], actions, rewards, frames[:, 1:], self.terminated[rows, envs])
 
     def state_dict(self) -> dict:
-        """All but the frames, for a checkpoint. From here on, rows that are overwritten go to a new second file."""
-        self.file.flush()
-        if self.overwritten is not None:
-            self.overwritten.close()
+        """All but the frames. From here on, rows that are overwritten go to a new journal."""
+        for path in self.folder.glob("replay.journal-*"):  # all but that of the last checkpoint
+            if path.name != f"replay.journal-{self.saved_rows}":
+                path.unlink()
+        with refusing(f"cannot write to {self.folder}", OSError):
+            self.file.flush()
+            self.close()
+            self.journal = open(self.folder / f"replay.journal-{self.rows_written}", "wb", 0)
         self.saved_rows = self.rows_written
-        self.overwritten = open(self.run_dir / f"replay.overwritten-{self.saved_rows}", "wb", buffering=0)
-        return {"rows_written": self.rows_written} | {name: getattr(self, name) for name in self.COLUMNS}
+        return {"rows_written": self.rows_written} | {n: getattr(self, n) for n in self.COLUMNS}
 
     def load_state_dict(self, state: dict) -> None:
-        """Puts back what `state_dict` gave, and the frames that have been overwritten since."""
-        self.rows_written = state["rows_written"]
+        """Takes what `state_dict` gave, and puts back the frames that were overwritten since."""
+        self.rows_written = self.saved_rows = int(state["rows_written"])
         for name in self.COLUMNS:
             getattr(self, name).copy_(state[name])
-        path, row_shape = self.run_dir / f"replay.overwritten-{self.rows_written}", self.file.shape[1:]
-        if not path.is_file():
-            fail(f"{path} is missing: this run can be evaluated, but not resumed")
+        path = self.folder / f"replay.journal-{self.rows_written}"
         rows = np.fromfile(path, np.uint8)
-        rows = rows[: rows.size // math.prod(row_shape) * math.prod(row_shape)].reshape(-1, *row_shape)
-        first = max(self.rows_written, self.num_rows)  # until the buffer is full, nothing is overwritten
+        rows = rows[: rows.size // self.file[0].size * self.file[0].size]  # without half a row
+        rows = rows.reshape(-1, *self.file.shape[1:])
+        first = max(self.rows_written, self.num_rows)  # until it is full, nothing is overwritten
         self.file[(first + np.arange(len(rows))) % self.num_rows] = rows
+        self.journal = open(path, "wb", 0)  # empty: the frames are those of the checkpoint again
 
-    def remove_old_files(self) -> None:
-        """Removes the second files of earlier checkpoints; to be called when the new checkpoint is written."""
-        for path in self.run_dir.glob("replay.overwritten-*"):
-            if path.name != f"replay.overwritten-{self.saved_rows}":
-                path.unlink()
-
-
-def refuse_too_large(args: Args) -> None:
-    """A buffer that does not fit is refused at once, not when it fills up, hours later."""
-    size, later = args.buffer_size, max(0, args.total_timesteps - args.buffer_size)
-    overwritten = min(args.checkpoint_frequency or later, later, size)  # what the second file holds, at most
-    runs_dir = Path(args.resume or args.runs_dir).resolve()  # where the run's folder is, or will be
-    folder = next((path for path in (runs_dir, *runs_dir.parents) if path.exists()), ".")
-    room = [(f"disk in {folder}", (size if args.resume is None else 0) + overwritten, shutil.disk_usage(folder).free)]
-    if Path("/proc/meminfo").exists():  # Linux
-        for kilobytes in re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
-            room.append(("memory", size, int(kilobytes) * 1024))
-    for name, frames, free in room:
-        if frames * 84 * 84 > free:
-            fail(f"--buffer-size needs {frames * 84 * 84 / 1e9:.1f} GB of {name}, where {free / 1e9:.1f} GB are free")
+    def close(self) -> None:
+        """Closes the journal."""
+        if self.journal is not None:
+            self.journal.close()
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
+# ---- Training and evaluation ---------------------------------------------------------------------
 
 
-def train(args: Args) -> Path:
-    """Trains a Q-network, from the start or from the checkpoint in args.resume, and returns the run's folder."""
-    device = pick_device(args)
+def train(args: Args) -> "Result":
+    """Trains a Q-network, from the start or from the checkpoint in args.resume."""
     torch.manual_seed(args.seed)
-    envs, num_envs = make_envs(args, args.num_envs), args.num_envs
-    q_network, target_network = make_network(args, envs, device), make_network(args, envs, device)
+    device = torch.device(args.device)
+    envs = Envs(args, args.num_envs, TRAINING)
+    q_network, target_network = make_network(args, envs), make_network(args, envs)
+    q_network, target_network = q_network.to(device), target_network.to(device)
     target_network.load_state_dict(q_network.state_dict())
     target_network.obs_statistics = q_network.obs_statistics  # both see the same
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
-    refuse_too_large(args)
-    run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
-    buffer = ReplayBuffer(run_dir, math.ceil(args.buffer_size / num_envs), num_envs, create=args.resume is None)
-    parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
-    global_step = 0
-    if args.resume is not None:
-        state = load_checkpoint(args.resume, args, **parts)
-        global_step = state["global_step"]
-        torch.set_rng_state(state["random_state"])
-    print(f"Training in {run_dir}", flush=True)
-    writer = open_log(run_dir, args, global_step)
+    optimizer = torch.optim.Adam(
+        q_network.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, fused=True
+    )
+    buffer = ReplayBuffer(math.ceil(args.buffer_size / args.num_envs), args.num_envs)
+    parts = {"target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+    with Run(args, envs, q_network, **parts) as run:
+        metrics = {}  # of the last gradient step
+        while run.goes_on():
+            if args.anneal_lr:
+                remaining = 1 - envs.steps / args.total_timesteps
+                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-    def save() -> None:
-        writer.flush()  # the event file must not lag behind the checkpoint
-        save_checkpoint(run_dir, args, parts, global_step=global_step)
-        buffer.remove_old_files()
+            # Act.
+            duration = args.exploration_fraction * args.total_timesteps
+            epsilon = linear_epsilon(envs.steps, args.start_e, args.end_e, duration)
+            obs, ages = envs.obs, envs.lengths.copy()
+            actions = act(q_network, obs, epsilon)
+            envs.send(actions)
 
-    first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
-    save()  # from here on there is something to resume
+            # Learn, while the emulators step: what is due in these N steps.
+            steps = envs.steps + args.num_envs
+            for step in range(max(envs.steps + 1, args.learning_starts), steps + 1):
+                update_due = step % args.target_network_frequency == 0
+                if args.norm_obs and (update_due or step == args.learning_starts):
+                    sample = newest_frames(buffer.sample(SAMPLE).obs)
+                    q_network.obs_statistics.update(sample.to(device))
+                if step % args.train_frequency == 0:
+                    batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
+                    metrics = update(q_network, target_network, optimizer, batch, args)
+                if update_due:
+                    update_target(target_network, q_network, args.tau)
+
+            # Store what came of the actions.
+            _, rewards, terminated, truncated = envs.recv()
+            buffer.add(obs, actions, rewards, terminated, truncated, ages)
+
+            # Log, evaluate, save.
+            if run.is_due(LOG_FREQUENCY):
+                learning_rate = optimizer.param_groups[0]["lr"]
+                rates = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+                run.log(metrics | rates)
+            if run.is_due(args.eval_frequency):
+                run.evaluate()
+            if run.is_due(args.checkpoint_frequency):
+                run.save()
+        return run.finish()
+
+
+def play(args: Args, q_network: QNetwork, obs: np.ndarray) -> np.ndarray:
+    """How the trained policy is evaluated: observations (N, 4, 84, 84) -> actions (N,)."""
+    return act(q_network, obs, args.eval_epsilon)
+
+
+def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
+    """Plays args.eval_episodes whole episodes: their mean return and length.
+
+    It has environments of its own and leaves the random numbers of the training alone. The first
+    episode is drawn into the file `gif`, if there is one.
+    """
+    num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
+    quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
+    envs = Envs(args, num_envs, EVALUATION, draw=gif is not None)
+    with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        envs.reset()
+        while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
+            if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
+                frames.append(envs.render())
+                if len(frames) > MAX_FRAMES:  # from now on every fourth frame, every eighth ...
+                    frames, stride = frames[::2], 2 * stride
+            envs.step(play(args, network, envs.obs[which]), which)
+    if gif is not None:
+        images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
+        with refusing(f"cannot write {gif}", OSError):
+            images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
+                           loop=0)  # fmt: skip
+    _, returns, lengths = np.array(envs.finished).T
+    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+    return float(returns.mean()), float(lengths.mean())
+
+
+# ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------
+
+MAX_EPISODE_STEPS = 10_000  # time limit of environments that have none of their own
+MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
+TRAINING, EVALUATION = 0, 1  # streams of seeds
+RESEED_FREQUENCY = 100_000  # steps after which the next game of an environment begins from a seed
+
+
+class UsageError(ValueError):
+    """What the user can mend, or has to know. `main` prints it as one line."""
+
+
+@contextlib.contextmanager
+def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Makes errors of these types a UsageError: of one line, and about `what`."""
     try:
-        with progress_bar(global_step, args.total_timesteps) as bar:
-            while global_step < args.total_timesteps:
-                if obs is None:  # at the start and after each checkpoint: new games, given by seed and step alone
-                    obs, info = envs.reset(seed=env_seeds(args.seed, (TRAINING, global_step), num_envs))
-                    frame_numbers, metrics = info["episode_frame_number"], {}
-                    scores, lengths = np.zeros((2, num_envs), dtype=np.int64)
-                if args.anneal_lr:
-                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
-
-                # Act.
-                duration = args.exploration_fraction * args.total_timesteps
-                epsilon = linear_epsilon(global_step, args.start_e, args.end_e, duration)
-                actions = select_actions(q_network, torch.from_numpy(obs).to(device), epsilon)
-                envs.send(actions.numpy())
-                global_step += num_envs
-
-                # Learn, while the emulators step: the gradient steps and target updates that fall due in these N steps.
-                for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
-                    if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
-                        q_network.obs_statistics.update(newest_frames(buffer.sample(SAMPLE).obs).to(device))
-                    if step % args.train_frequency == 0:
-                        batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
-                        metrics = update(q_network, target_network, optimizer, batch, args)
-                    if step % args.target_network_frequency == 0:
-                        update_target(target_network, q_network, args.tau)
-
-                # Store. The step after a game's end ignores its action and begins a new game, so it is no transition.
-                # It shows in a frame number that falls. The old game is logged now, unless a checkpoint came between.
-                next_obs, rewards, terminated, _, info = envs.recv()
-                new_game = info["episode_frame_number"] < frame_numbers
-                buffer.add(obs, lengths, actions.numpy(), rewards, terminated, ~new_game)
-                obs, frame_numbers = next_obs, info["episode_frame_number"]
-
-                # Log, save.
-                for i in np.flatnonzero(new_game):
-                    recent.append(scores[i])
-                    writer.add_scalar("charts/episodic_return", scores[i], global_step - num_envs + 1 + i)
-                    writer.add_scalar("charts/episodic_length", lengths[i], global_step - num_envs + 1 + i)
-                scores, lengths = np.where(new_game, 0, [scores + rewards, lengths + 1])
-                if is_due(global_step, num_envs, LOG_FREQUENCY):
-                    scalars = {
-                        "charts/epsilon": epsilon,
-                        "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                        "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),
-                    }
-                    for tag, value in (scalars | metrics).items():
-                        writer.add_scalar(tag, value, global_step)
-                    if recent:
-                        bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
-                bar.update(min(global_step, args.total_timesteps) - bar.n)
-                if is_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
-                    # One row more, with the last observations. The games are cut, so nothing comes of it: not valid.
-                    buffer.add(obs, lengths, actions.numpy(), rewards, terminated, np.zeros(num_envs, dtype=bool))
-                    save()
-                    obs = None  # new games, as in a resumed run, so that both go on alike
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        stop(error, global_step, run_dir)
-
-    log_evaluation(writer, args, run_dir, global_step, *evaluate(args, q_network, run_dir))
-    print(run_dir)
-    return run_dir
+        yield
+    except errors as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UsageError(f"{what}: {cause}") from error
 
 
-def evaluate(args: Args, q_network: QNetwork, run_dir: Path) -> tuple[float, float]:
-    """Plays args.eval_episodes whole games side by side, prints how it went, returns mean score and length."""
-    torch.manual_seed(args.seed)  # of the random actions
-    count, device = args.eval_episodes, next(q_network.parameters()).device
-    envs, seeds = make_envs(args, count), env_seeds(args.seed, (EVALUATION,), count)
-    obs, info = envs.reset(seed=seeds)
-    if args.capture_video:
-        camera = make_camera(args)
-        pictures = [camera.reset(seed=seeds[:1])[0]] if camera else [obs[:1].copy()]
-    scores, lengths, playing = np.zeros(count), np.zeros(count), np.ones(count, dtype=bool)
-    while playing.any():
-        frame_numbers = info["episode_frame_number"]
-        actions = select_actions(q_network, torch.from_numpy(obs).to(device), args.eval_epsilon).numpy()
-        envs.send(actions)
-        obs, rewards, _, _, info = envs.recv()
-        playing &= info["episode_frame_number"] > frame_numbers  # each environment plays one game
-        scores, lengths = scores + rewards * playing, lengths + playing
-        if args.capture_video and playing[0] and len(pictures) < MAX_FRAMES:
-            pictures.append(camera.step(actions[:1])[0] if camera else obs[:1].copy())
-    print(f"Evaluation: return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {count} episodes, "
-          f"epsilon {args.eval_epsilon}")  # fmt: skip
-    if args.capture_video:
-        path, milliseconds = run_dir / "episode.gif", 2 * 1000 / 15  # of every second frame, to halve the file
-        size = (320, 420) if camera else (336, 336)
-        pictures = [Image.fromarray(frames[0, -1]).resize(size, Image.Resampling.NEAREST) for frames in pictures[::2]]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
-        print(f"Animated picture: {path}")
-    return float(np.mean(scores)), float(np.mean(lengths))
+class Result(NamedTuple):
+    """What came of a run; also in its result.json. Means are over the episodes of evaluation."""
+
+    folder: str
+    episodic_return: float
+    episodic_length: float
+    steps: int
+    seconds: float  # of training, without pauses
 
 
-# ---- Runs, checkpoints, command line --------------------------------------------------------------------------------
+def check(args: "Args") -> None:
+    """Refuses arguments that have another type than theirs, or are out of bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if type(value) not in (str, int, float, bool, type(None)):
+            raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
+        with refusing(flag, UnicodeError):  # bytes that are not UTF-8 cannot be printed or saved
+            str(value).encode()
+        if hasattr(hint, "__metadata__"):
+            kind, (low, high) = hint.__origin__, hint.__metadata__
+            if not (isinstance(value, int | kind) and low <= value <= high):
+                raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--resume and --evaluate exclude each other")
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr."""
-    print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
+def make_gym_env(args: Args, render_mode: str | None) -> gym.Env:
+    """The environment, with a time limit."""
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
+    what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+    with refusing(what, gym.error.Error, ImportError, *errors):
+        if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
+            raise ImportError("this is no name")
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    if render_mode is not None:
+        with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+            env.reset()
+            if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
+                raise ValueError("it does not draw arrays (H, W, 3) of uint8")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    return env
 
 
-def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path) -> NoReturn:
-    """Ends a training with one line that says what happened when, and what can be done now."""
-    if isinstance(error, KeyboardInterrupt):
-        fail(f"interrupted at step {step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
-    fail(f"step {step}: {error}. Are the environment's observations and rewards finite? If so, try a lower "
-         f"--learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+class OwnGames:
+    """Environments of your own with the interface of the emulators."""
+
+    def __init__(self, args: Args, num_envs: int) -> None:
+        self.envs = [make_gym_env(args, None) for _ in range(num_envs)]
+        self.single_observation_space = self.envs[0].observation_space
+        self.single_action_space = self.envs[0].action_space
+        self.obs = np.zeros((num_envs, STACK, 84, 84), np.uint8)
+
+    def reset(self, seed: np.ndarray, options: dict) -> tuple[np.ndarray, dict]:
+        """Begins episodes from these seeds where the mask is True."""
+        for i, env_seed in zip(np.flatnonzero(options["reset_mask"]), seed.tolist()):
+            self.obs[i], _ = self.envs[i].reset(seed=env_seed)
+        return self.obs.copy(), {"lives": np.zeros(len(self.envs), int)}
+
+    def send(self, actions: np.ndarray) -> None:
+        """Takes the actions for `recv`."""
+        self.actions = actions
+
+    def recv(self) -> tuple:
+        """Steps, and begins a new episode where one ended."""
+        terminated, truncated = np.zeros((2, len(self.envs)), bool)
+        rewards, final_obs = np.zeros(len(self.envs)), self.obs.copy()
+        for i, (env, action) in enumerate(zip(self.envs, self.actions)):
+            self.obs[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i], final_obs[i] = np.asarray(reward).item(), self.obs[i]
+            if terminated[i] or truncated[i]:
+                self.obs[i], _ = env.reset()
+        info = {"lives": np.zeros(len(self.envs), int), "final_obs": final_obs}
+        return self.obs.copy(), rewards, terminated, truncated, info
+
+    def close(self) -> None:
+        """Closes all environments."""
+        for env in self.envs:
+            env.close()
 
 
-def pick_device(args: Args) -> torch.device:
-    """auto: cuda if there is one, else the CPU. Also sets what the last bits of results depend on, such as threads."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(args.device, True):
-        fail(f"--device {args.device}: PyTorch finds no such device on this machine")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    torch.backends.cudnn.deterministic = True
-    return torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
+class Envs:
+    """N games, stepped side by side. Where a game ends, the next one begins.
+
+    The emulators run in native code, in threads of their own: `send` hands them the actions, and
+    `recv` waits for what came of them. Their state cannot be saved. But a game that begins from a
+    seed, and the games that follow it, are given by the seed and the actions since. So every
+    environment begins a game from a seed now and then (not each: it takes 0.1 s), a checkpoint
+    holds the actions since, and `reset` replays them.
+    """
+
+    def __init__(self, args: Args, num_envs: int, stream: int, draw: bool = False) -> None:
+        self.envs = [make_games(args, num_envs)]
+        if draw and args.env_id.startswith("ALE/"):  # one more game that shows the first in colour
+            self.envs.append(make_games(args, 1, grayscale=False, stack_num=1, img_height=210,
+                                        img_width=160))  # fmt: skip
+        self.seed, self.stream, self.fps, self.first_action = args.seed, stream, 15, 0
+        self.obs_space = self.envs[0].single_observation_space
+        self.action_space = self.envs[0].single_action_space
+        self.obs = np.zeros((num_envs, STACK, 84, 84), np.uint8)
+        self.steps, self.finished = 0, []  # of all; (step, return, length) of each finished game
+        self.episodes, self.lengths = np.zeros((2, num_envs), int)  # finished ones; of running ones
+        self.returns = np.zeros(num_envs)
+        self.seeds = np.array([self.new_seed(i) for i in range(num_envs)])
+        self.actions = []  # of all environments, (N,) each, since the oldest of these seeds
+        self.since = np.zeros(num_envs, int)  # the number of actions before the seed of each
+
+    def new_seed(self, i: int) -> int:
+        """The seed of an environment's next game, of 31 bits."""
+        key = self.stream, i, int(self.episodes[i])
+        sequence = np.random.SeedSequence(self.seed, spawn_key=key)
+        return int(sequence.generate_state(1)[0]) & 0x7FFFFFFF
+
+    def begin(self, mask: np.ndarray) -> None:
+        """Begins games from their seeds where the mask is True."""
+        options = {"reset_mask": mask}
+        self.obs, info = self.envs[0].reset(seed=self.seeds[mask], options=options)
+        self.lives = info["lives"]
+
+    def reset(self) -> None:
+        """Begins the first games, or those of a checkpoint, up to where they were."""
+        saved = self.obs.copy()
+        if len(self.actions) > 1000:
+            print(f"Replaying {len(self.actions)} steps of {len(saved)} games", flush=True)
+        self.begin(np.ones(len(saved), bool))
+        for camera in self.envs[1:]:
+            self.picture, _ = camera.reset(seed=self.seeds[:1])
+        for t in range(len(self.actions) + 1):
+            if t > 0 and (self.since == t).any():
+                self.begin(self.since == t)
+            if t < len(self.actions):
+                self.envs[0].send(self.actions[t])
+                self.obs, _, _, _, info = self.envs[0].recv()
+                self.lives = info["lives"]
+        if self.steps > 0 and not np.array_equal(saved, self.obs):
+            print("Warning: an episode was not the same when it was repeated. The run goes on, but "
+                  "not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+
+    def send(self, actions: np.ndarray) -> None:
+        """Hands over actions (N,)."""
+        self.actions.append(actions)
+        self.envs[0].send(actions)
+        for camera in self.envs[1:]:
+            self.picture, *_ = camera.step(actions[:1])
+
+    def recv(self, which: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, ...]:
+        """Waits for next_obs (N, 4, 84, 84), rewards, terminated, truncated (N,).
+
+        `terminated` is also True where a life was lost, and the game goes on. Where a game ended,
+        next_obs is its last observation, and self.obs the first one of the next game. Only games
+        of the environments in `which` are counted.
+        """
+        self.obs, rewards, game_over, truncated, info = self.envs[0].recv()
+        if not np.isfinite(rewards).all():
+            raise UsageError("a reward of the environment is not finite")
+        next_obs, ended = self.obs, game_over | truncated
+        if truncated.any():  # only then is the last observation of use
+            next_obs = self.obs.copy()
+            next_obs[truncated] = np.stack(info["final_obs"][truncated])
+        terminated = game_over | ((info["lives"] < self.lives) & ~truncated)
+        self.lives = info["lives"]
+        self.returns += rewards
+        self.lengths += 1
+        for i in np.arange(len(ended))[which]:
+            if ended[i]:
+                outcome = self.returns[i].item(), self.lengths[i].item()
+                self.finished.append((self.steps + 1 + int(i), *outcome))
+        self.steps += len(ended)
+        self.episodes += ended
+        self.returns[ended] = self.lengths[ended] = 0
+        self.reseed(ended & (len(self.actions) - self.since >= RESEED_FREQUENCY // len(ended)))
+        return next_obs, rewards, terminated, truncated
+
+    def reseed(self, mask: np.ndarray) -> None:
+        """Begins new games from new seeds; actions before the oldest seed are forgotten."""
+        if mask.any():
+            self.seeds[mask] = [self.new_seed(i) for i in np.flatnonzero(mask)]
+            self.since[mask] = len(self.actions)
+            self.begin(mask)
+            self.actions = self.actions[self.since.min() :]
+            self.since -= self.since.min()
+
+    def step(self, actions: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Both, by actions (n,) for the environments in `which`; the others do nothing."""
+        everywhere = np.zeros(len(self.obs), int)
+        everywhere[which] = actions
+        self.send(everywhere)
+        return self.recv(which)
+
+    def render(self) -> np.ndarray:
+        """A picture of the first game, (H, W, 3), in colour if it is an emulator's."""
+        if len(self.envs) > 1:
+            return self.picture[0, -1].repeat(2, axis=0).repeat(2, axis=1)
+        return np.stack([self.obs[0, -1].repeat(4, axis=0).repeat(4, axis=1)] * 3, axis=-1)
+
+    def close(self) -> None:
+        """Closes all environments, once."""
+        while self.envs:
+            self.envs.pop().close()
+
+    COLUMNS = "episodes", "lengths", "returns", "seeds", "since", "obs"
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds."""
+        actions = torch.from_numpy(np.array(self.actions, int).reshape(-1, len(self.obs)))
+        columns = {name: torch.from_numpy(getattr(self, name)) for name in self.COLUMNS}
+        return {"steps": self.steps, "actions": actions} | columns
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes that back; then `reset` has to be called."""
+        if state["obs"].shape != self.obs.shape:
+            raise ValueError(f"observations were {tuple(state['obs'].shape)}, {self.obs.shape} now")
+        self.steps, self.actions = int(state["steps"]), list(state["actions"].numpy())
+        for name in self.COLUMNS:
+            setattr(self, name, state[name].numpy())
 
 
-def make_run_dir(args: Args) -> Path:
-    """Makes the folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>, which must be new."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+class Run:
+    """A training's folder, lock, log, progress bar and checkpoints; closed however it ends."""
+
+    def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
+        self.args, self.envs, self.network = args, envs, network
+        self.parts = {"envs": envs, "network": network} | parts  # what a checkpoint holds
+        self.seconds, self.best_return, self.saved_step = 0.0, -math.inf, -1
+        self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
+        with contextlib.ExitStack() as stack:  # closes what is open if something fails
+            stack.callback(envs.close)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(args.num_threads or os.cpu_count())
+            if args.capture_video:  # what is missing should not come to light after the training
+                Envs(args, 1, EVALUATION, draw=True).close()
+            with refusing("cannot write", OSError):  # for example if another process has the lock
+                new = args.resume is None
+                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
+                stack.enter_context(FileLock(self.folder / "lock", blocking=False))
+            for part in parts.values():
+                if hasattr(part, "open"):  # it keeps files in the folder
+                    part.open(self.folder, args.resume is not None)
+                    stack.callback(part.close)
+            if args.resume is not None:
+                self.load()
+            if self.old_result() is not None:  # nothing is left to do
+                self.stack = stack.pop_all()
+                return
+            envs.reset()
+            self.first_step, self.start = envs.steps, time.perf_counter()
+            rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
+            table = "\n".join(f"|{name}|{value}|" for name, value in rows)
+            with refusing("cannot write the log", OSError):
+                self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+                stack.callback(self.close_log)
+                self.writer.add_text("hyperparameters", table, envs.steps)
+            moves = sys.stderr.isatty() or "ipykernel" in sys.modules  # else: few lines in a log
+            self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
+                            unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
+            stack.callback(self.bar.close)
+            if (threading.current_thread() is threading.main_thread()
+                    and signal.getsignal(signal.SIGINT) is signal.default_int_handler):  # fmt: skip
+                stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGINT, self.interrupt)
+            print(f"Training in {self.folder}", flush=True)
+            if self.saved_step < 0:
+                self.save()  # from here on there is something to resume
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self.stack.close()
+        if error is not None:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+            error.add_note(f"Stopped at step {self.envs.steps}. To go on from the checkpoint of "
+                           f"step {self.saved_step}:\n{command}")  # fmt: skip
+
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C lets the loop end its round and save; once more, and it stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def goes_on(self) -> bool:
+        """Whether there are steps left to train. Saves after Ctrl-C, and stops."""
+        if self.interrupted:
+            self.save()
+            raise KeyboardInterrupt
+        self.round_start = self.envs.steps
+        return self.envs.steps < self.args.total_timesteps
+
+    def is_due(self, frequency: int) -> bool:
+        """Whether this round has passed a multiple of so many steps. `finish` cares for the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        return passed and self.envs.steps < self.args.total_timesteps
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """Writes metrics and the episodes that have ended, moves the bar, looks for NaN."""
+        seconds = time.perf_counter() - self.start
+        metrics = metrics | {"charts/SPS": (self.envs.steps - self.first_step) / seconds}
+        with refusing("cannot write the log", OSError):
+            for step, episodic_return, length in self.envs.finished:
+                self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+                self.writer.add_scalar("charts/episodic_length", length, step)
+                self.recent.append(episodic_return)
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, float(value), self.envs.steps)
+        self.envs.finished.clear()
+        if self.recent:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent):.1f}", refresh=False)
+        self.bar.update(min(self.envs.steps, self.args.total_timesteps) - self.bar.n)
+        numbers = [*metrics.values(), *(w.sum() for w in self.network.state_dict().values())]
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError("a loss or a weight is not finite: try a lower --learning-rate")
+
+    def save(self) -> None:
+        """Writes a checkpoint. It changes nothing in the run, so this may happen at any step."""
+        self.log({})
+        with refusing("cannot write the log", OSError):
+            self.writer.flush()  # the log must not lag behind the checkpoint
+        seconds = self.seconds + time.perf_counter() - self.start
+        state = {"seconds": seconds, "random_state": torch.get_rng_state()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
+        self.saved_step = self.envs.steps
+
+    def load(self) -> None:
+        """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
+        state = read_checkpoint(self.args.resume)
+        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+            self.seconds = float(state["seconds"])
+            torch.set_rng_state(state["random_state"])
+            for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    state[name]["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(state[name])
+        self.saved_step = self.envs.steps
+        if (self.folder / "best.pt").exists():
+            self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
+
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        """Evaluates, logs the means, and keeps the best network so far in best.pt."""
+        mean, length = evaluate(self.args, self.network, gif)
+        self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
+        if mean > self.best_return:
+            self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
+            write_checkpoint(self.folder / "best.pt", self.args, state)
+        return mean, length
+
+    def old_result(self) -> Result | None:
+        """The result of a run that had ended before it was resumed, and has no steps left."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            result = Result(**json.loads((self.folder / "result.json").read_text()))
+            if result.steps == self.envs.steps >= self.args.total_timesteps:
+                return result._replace(folder=str(self.folder))
+        return None
+
+    def finish(self) -> Result:
+        """Saves, evaluates, and writes result.json and the last points of the log."""
+        if (old := self.old_result()) is not None:
+            print("This run has ended. To train it further, give a larger --total-timesteps.")
+            return old
+        self.save()
+        seconds = self.seconds + time.perf_counter() - self.start
+        self.envs.close()
+        gif = self.folder / "episode.gif" if self.args.capture_video else None
+        mean, length = self.evaluate(gif)
+        # The tab HPARAMS: first which script it was, and its result.
+        row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
+        row = {name: value for name, value in row.items() if value is not None}
+        summaries = list(hparams(row, {"eval/episodic_return": mean}))
+        result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
+        with refusing("cannot write the result", OSError):
+            if gif is not None:  # add_image would show a still picture
+                image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+                summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, self.envs.steps)
+            self.writer.flush()
+            (self.folder / "result.json").write_text(json.dumps(result._asdict()))
+        return result
+
+    def close_log(self) -> None:
+        """On a full disk, this fails once more: that is no news."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
+
+
+def make_folder(args: Args) -> Path:
+    """A new folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_checkpoint(path: Path, args: Args, state: dict) -> None:
+    """Writes a new file, then renames it: whenever the process dies, old or new one is whole."""
+    new = path.with_suffix(".tmp")
+    state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
     try:
-        run_dir.mkdir(parents=True)
-        return run_dir
-    except FileExistsError:
-        if not run_dir.is_dir():
-            raise
-        time.sleep(1)  # another run began in this second
-        return make_run_dir(args)
+        with refusing(f"cannot write {path}", OSError, RuntimeError), open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def settings(args: Args) -> dict:
-    """All arguments but --resume and --evaluate, which are this call's alone."""
-    return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
-
-
-def open_log(run_dir: Path, args: Args, step: int) -> SummaryWriter:
-    """TensorBoard's writer, with a table of the arguments. Hides what was logged after the checkpoint of that step."""
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    rows = [f"|{name}|{value}|" for name, value in settings(args).items()]
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
-    return writer
-
-
-def log_evaluation(
-    writer: SummaryWriter, args: Args, run_dir: Path, step: int, mean_return: float, mean_length: float
-) -> None:
-    """The last points of a run, its picture, and its row in the HPARAMS tab."""
-    writer.add_scalar("eval/episodic_length", mean_length, step)  # add_hparams adds eval/episodic_return
-    if args.capture_video:  # add_image would show a still picture
-        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), step)
-    compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
-    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
-    writer.close()
-
-
-def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
-
-
-def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
-    """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
-    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight or a running statistic is no longer finite")
-    states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
-    with open(run_dir / "checkpoint.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-
-
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
-    path = Path(run_dir) / "checkpoint.pt"
+def checkpoint_path(path: str | Path) -> Path:
+    """checkpoint.pt in the folder of a run; or the file itself."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
-        if not isinstance(state, dict) or state.get("script") != SCRIPT:
-            fail(f"{path} is not a checkpoint of {SCRIPT}.py")
-        state["args"] = Args(**state["args"])
-        if args is not None:
-            refuse_changes(args, state["args"])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state
-    except Exception as error:  # a cut or foreign file fails in a dozen ways
-        fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
+        raise UsageError(f"there is no checkpoint {str(path)!r}")
+    return path
 
 
-def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
-    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
-    for name, value in asdict(saved).items():
-        if name not in changeable and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
-    if args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+def read_checkpoint(path: str | Path) -> dict:
+    """What `write_checkpoint` wrote, if it is unchanged to the last byte."""
+    path = checkpoint_path(path)
+    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):  # fails in a dozen ways
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is one of {state['script']}.py")
+        return state | {"args": Args(**state["args"])}
+
+
+def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs, nn.Module]:
+    """A checkpoint's arguments, environments (closed) that it is for, and its network."""
+    state = read_checkpoint(path)
+    args = args or state["args"]
+    with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
+        network = make_network(args, envs)
+    with refusing(f"{path} does not fit {args.env_id}", Exception):
+        network.load_state_dict(state["network"])
+    return args, envs, network.to(args.device)
+
+
+def load_policy(path: str | Path) -> Callable:
+    """The policy of a run, or of a best.pt: a function from one observation to one action.
+
+    Both are as in the environment: `env.step(policy(obs))`.
+    """
+    args, envs, network = load_network(path)
+
+    def policy(obs):
+        row = np.reshape(gym.spaces.flatten(envs.obs_space, obs), (1, *envs.obs.shape[1:]))
+        return (play(args, network, row.astype(envs.obs.dtype)) + envs.first_action)[0]
+
+    return policy
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", nargs="?")
-    finder.add_argument("--evaluate", nargs="?")
-    found, _ = finder.parse_known_args()
+    """The command line. With --resume or --evaluate, the arguments of that run are the defaults."""
+    words = [re.sub(r"^((?:--.*=)?\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), word)
+             for word in sys.argv[1:]]  # fmt: skip
+    runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
+    run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
-        saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
-        default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
+    if (run.resume is None) != (run.evaluate is None):
+        default = replace(read_checkpoint(run.resume or run.evaluate or "")["args"], **vars(run))
+    # --help shows two groups of arguments: what is learned, and from exp_name on, how it is run.
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Args), re.M))
+    groups, hints = {"algorithm": [], "run": []}, get_type_hints(Args, include_extras=True)
+    for name in asdict(default):
+        group = "run" if name == "exp_name" or groups["run"] else "algorithm"
+        hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
+        groups[group].append((name, hint, getattr(default, name)))
+    parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    command = make_dataclass("Command", fields)
+    doc = __doc__ or SCRIPT  # python -OO leaves no docstring
+    about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
+    parsed = tyro.cli(command, args=words, description="\n\n".join(about))
+    with refusing("arguments", ValueError, RuntimeError, AssertionError):
+        args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+        torch.zeros(1, device=args.device).cpu()  # is there such a device?
+        return args
 
 
 def main() -> None:
+    """Trains or evaluates as the command line says. The last line is the folder of the run."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to end
+    hook = threading.excepthook  # what fails in TensorBoard's thread, its next call raises, too
+    threading.excepthook = lambda args: "tensorboard" in type(args.thread).__module__ or hook(args)
     try:
         args = parse_args()
         if args.evaluate is None:
-            train(args)
+            print(train(args).folder)
         else:
-            q_network = make_network(args, make_envs(args, 1), pick_device(args))
-            load_checkpoint(args.evaluate, args, q_network=q_network)
-            evaluate(args, q_network, Path(args.evaluate))
-            print(args.evaluate)
-    except FloatingPointError as error:
-        fail(str(error), code=1)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
-        if "allocate" not in str(error):
-            raise
-        fail(f"not enough memory: {error}")
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+            folder = checkpoint_path(args.evaluate).parent
+            gif = folder / "episode.gif" if args.capture_video else None
+            evaluate(args, load_network(args.evaluate, args)[-1], gif)
+            print(folder)
+    except UsageError as error:
+        message = " ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{SCRIPT}:", *message.split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"{SCRIPT}: interrupted", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

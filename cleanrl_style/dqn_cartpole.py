@@ -1,216 +1,147 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0",
+#   "tqdm>=4.66.0",
 # ]
 # ///
-r"""Deep Q-learning (DQN) for flat observations and discrete actions.
+"""Deep Q-learning (DQN) for flat observations and discrete actions.
 
-Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1. Double Q-learning:
-         van Hasselt et al. (2016), "Deep reinforcement learning with double Q-learning", equation 4.
-Idea     Learn Q(s, a), the discounted sum of rewards to come after action a in state s if one acts well from then on,
-         and take the action of largest Q. What Q should be follows from what came a step later (Bellman's equation):
+Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1.
+Idea     Learn Q(s, a), the expected discounted return of action a in state s if the best actions
+         follow, and act greedily. The target y of Q is Bellman's equation:
 
-             y    = r + gamma * max_a' Q_target(s', a')              the target; y = r if the episode terminated in s'
-             y    = r + gamma * Q_target(s', argmax_a' Q(s', a'))    that of double Q-learning (--double-q)
-             loss = mean of (Q(s, a) - y)^2                          over B transitions (s, a, r, s')
+             y    = r + gamma * max_a' Q_target(s', a')     or r alone, if the episode terminated
+             loss = mean of (Q(s, a) - y)^2                 over B transitions (s, a, r, s')
 
-         The transitions are drawn at random from a replay buffer, since neighbours in time are too alike to learn from.
-         Q_target is a copy of the network from a while ago, so that the network does not chase a target that moves with
-         its every step. With probability epsilon, which decays, an action is random, or nothing new would be tried.
-Differs  Adam in place of RMSProp, with a learning rate that falls to 0, so that the policy settles; epsilon falls from
-         the first step on; the plain square of the error; a small network, as there are no pixels. N environments are
-         stepped side by side, and all begin new episodes at a checkpoint, since Gymnasium cannot save an environment's
-         state. Where only a time limit ends an episode, y still counts what would have followed. With --norm-obs,
-         observations are normalised by running statistics of what is in the buffer.
+         Transitions are drawn at random from a replay buffer, as consecutive ones are correlated.
+         Q_target is an older copy of the network, so that the target does not move with every
+         step. An action is random with probability epsilon, which decays.
+Differs  Adam instead of RMSProp, with a learning rate that falls linearly to 0; the squared error
+         is not clipped; epsilon decays from the first step on. N environments are stepped side by
+         side. y bootstraps where a time limit truncates an episode.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K actions.
 Run      python dqn_cartpole.py
-         python dqn_cartpole.py --env-id MountainCar-v0 --total-timesteps 200000 --num-envs 1 --learning-rate 4e-3 \
-             --buffer-size 200000 --gamma 0.98 --target-network-frequency 600 --batch-size 128 --end-e 0.07 \
-             --train-frequency 16 --gradient-steps 8 --hidden-size 256
-         python dqn_cartpole.py --env-id Acrobot-v1 --num-envs 1 --learning-rate 6.3e-4 --buffer-size 50000 \
-             --target-network-frequency 250 --batch-size 128 --end-e 0.1 --exploration-fraction 0.12 \
-             --train-frequency 4 --gradient-steps 4 --hidden-size 256
-         The settings of the last two are RL Zoo's, but for the loss, the falling learning rate, gradients that are not
-         cut, --learning-starts on Acrobot and, on MountainCar, more steps and a buffer for all of them.
-Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and wall time on
-         one core of an AMD EPYC that had other work, too, start-up and evaluation included:
-             CartPole-v1     488.6 (386.4 to 500.0)    100k steps    60 s   nine seeds of ten reached 500.0
-             MountainCar-v0  -113.0 (-200.0 to -98.5)  200k steps   189 s   one seed of ten found the goal too late
-             Acrobot-v1      -76.3 (-79.5 to -73.4)    100k steps   370 s   with another run and other work beside it
+         python dqn_cartpole.py --env-id MountainCar-v0 --total-timesteps 200000 --num-envs 1 \
+             --learning-rate 4e-3 --buffer-size 200000 --gamma 0.98 --batch-size 128 \
+             --target-network-frequency 600 --end-e 0.07 --train-frequency 16 \
+             --gradient-steps 8 --hidden-size 256
+         python dqn_cartpole.py --env-id Acrobot-v1 --num-envs 1 --learning-rate 6.3e-4 \
+             --buffer-size 50000 --target-network-frequency 250 --batch-size 128 --end-e 0.1 \
+             --exploration-fraction 0.12 --train-frequency 4 --gradient-steps 4 --hidden-size 256
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and wall time on one core of an AMD EPYC beside other work, start-up and
+         evaluation included. The flags of the last two are nearly those of RL Zoo:
+             CartPole-v1     488.6 (386.4 to 500.0)    100k steps    60 s   nine of ten reach 500
+             MountainCar-v0  -113.0 (-200.0 to -98.5)  200k steps   189 s   one of ten fails
+             Acrobot-v1      -76.3 (-79.5 to -73.4)    100k steps   370 s
 """
 
+import contextlib
+import inspect
+import json
 import math
 import os
+import re
+import shlex
+import signal
 import sys
+import threading
 import time
-from argparse import ArgumentParser
+import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn
+from typing import Annotated, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
-MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
 LOG_FREQUENCY = 1_000  # steps between points of the losses
-SAMPLE = 1_000  # observations that --norm-obs takes in, first of all and before each update of the target network
-MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
-RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
+
+# Types of arguments, with the least and the largest value allowed.
+Steps = Annotated[int, 1, 10**12]
+Frequency = Annotated[int, 0, 10**12]  # steps from one time to the next; 0: never
+Size = Annotated[int, 1, 10**9]
+Count = Annotated[int, 1, 10**6]
+Few = Annotated[int, 1, 4096]
+Share = Annotated[float, 0, 1]
+Positive = Annotated[float, 1e-30, 1e30]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "CartPole-v1"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
-    seed: int = 1  # of all that is random in the run
-    total_timesteps: int = 100_000  # environment steps to train for, at least
+    env_id: str = "CartPole-v1"  # Gymnasium environment, or my_module:MyEnv-v0
+    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of everything random in the run
+    total_timesteps: Steps = 100_000  # environment steps to train for, at least
+    num_envs: Few = 4  # environments stepped side by side (N)
 
-    learning_rate: float = 2.5e-3  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end of the run
-    num_envs: int = 4  # environments that are stepped side by side (N)
-    buffer_size: int = 100_000  # transitions that the replay buffer holds
-    gamma: float = 0.99  # discount factor
-    tau: float = 1.0  # share of the Q-network that goes into the target network at each of its updates; 1: a copy
-    target_network_frequency: int = 500  # environment steps between updates of the target network
-    batch_size: int = 64  # transitions in one gradient step (B)
-    start_e: float = 1.0  # epsilon, the probability of a random action, at the start
-    end_e: float = 0.05  # epsilon at the end of its decay
-    exploration_fraction: float = 0.2  # share of total-timesteps that the decay takes
-    learning_starts: int = 1_000  # environment steps before the first gradient step
-    train_frequency: int = 2  # environment steps between gradient steps
-    gradient_steps: int = 1  # how many at a time; many, with long pauses, change the policy in bursts
-    double_q: bool = False  # the Q-network chooses the next action, the target network values it
-    norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
-    hidden_size: int = 64  # units in each of the network's two hidden layers
+    learning_rate: Positive = 2.5e-3  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
+    buffer_size: Size = 100_000  # transitions in the replay buffer
+    gamma: Share = 0.99  # discount factor
+    tau: Share = 1.0  # share of the Q-network in an update of the target network; 1: a copy
+    target_network_frequency: Steps = 500  # steps between updates of the target network
+    batch_size: Count = 64  # transitions in one gradient step (B)
+    start_e: Share = 1.0  # epsilon, the probability of a random action, at the start
+    end_e: Share = 0.05  # epsilon after its decay
+    exploration_fraction: Share = 0.2  # share of total-timesteps in which epsilon decays
+    learning_starts: Steps = 1_000  # steps before the first gradient step
+    train_frequency: Steps = 2  # steps between gradient steps
+    gradient_steps: Count = 1  # gradient steps each time
+    hidden_size: Few = 64  # units in each of the two hidden layers
 
-    exp_name: str = SCRIPT  # part of the run folder's name
-    runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks; cuda (if any) for pixels
-    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
-    resume: RunDir = None  # go on with this run from its last checkpoint
-    evaluate: RunDir = None  # play this run's policy, do not train
-    eval_episodes: int = 100  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
+    exp_name: str = SCRIPT  # part of the name of the run's folder
+    runs_dir: str = "runs"  # where the folders of runs are
+    device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
+    checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
+    eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
+    eval_episodes: Count = 100  # episodes of one evaluation
+    capture_video: bool = False  # draw the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to go on with; other flags replace that run's
+    evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) not in (str, int, float, bool, type(None)):  # a checkpoint could not be read again
-                raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
-        for name in (
-            "total_timesteps", "num_envs", "buffer_size", "target_network_frequency", "batch_size", "train_frequency",
-            "gradient_steps", "hidden_size", "eval_episodes",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("gamma", "start_e", "end_e", "exploration_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
-        if self.checkpoint_frequency < 0:
-            raise ValueError(f"--checkpoint-frequency must be at least 0, not {self.checkpoint_frequency}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate must be a positive number, not {self.learning_rate}")
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"--tau must be greater than 0 and at most 1, not {self.tau}")
+        check(self)
         if self.learning_starts < self.batch_size:
-            raise ValueError(f"--learning-starts must be at least --batch-size, not {self.learning_starts}")
+            raise ValueError("--learning-starts must be at least --batch-size")
         if self.buffer_size < self.learning_starts:
-            raise ValueError(f"--buffer-size must be at least --learning-starts, not {self.buffer_size}")
+            raise ValueError("--buffer-size must be at least --learning-starts")
         if self.learning_starts >= self.total_timesteps:
-            raise ValueError("--learning-starts must be less than --total-timesteps, or nothing is learned")
-        if self.resume is not None and self.evaluate is not None:
-            raise ValueError("--resume and --evaluate exclude each other")
+            raise ValueError("--learning-starts must be less than --total-timesteps")
 
 
-# Arguments that do not change what is learned, apart from rounding. --checkpoint-frequency does: it cuts episodes.
-HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video"}
+# ---- Environment and network ---------------------------------------------------------------------
 
 
-# ---- Environment and network ----------------------------------------------------------------------------------------
-
-
-def make_envs(args: Args) -> list[gym.Env]:
-    """N environments, to be stepped side by side; with --capture-video, the first can be drawn."""
-    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
-    try:
-        envs = [gym.make(args.env_id) for _ in range(args.num_envs)]
-    except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"cannot make the environment {args.env_id!r}: {error}")
-    if args.capture_video:
-        if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
-            fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
-        envs[0] = drawable(args.env_id)
-    obs_space, action_space = envs[0].observation_space, envs[0].action_space
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    if not (flat and isinstance(action_space, gym.spaces.Discrete)):
-        fail(f"needs a flat Box observation and Discrete actions; {args.env_id} has {obs_space} and {action_space}")
-    if envs[0].spec.max_episode_steps is None:
-        envs = [gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS) for env in envs]
-    return envs
-
-
-def drawable(env_id: str) -> gym.Env:
-    """The environment, made to be drawn. Draws it once: what is missing should not come to light after the training."""
-    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-    try:
-        env = gym.make(env_id, render_mode="rgb_array")
-        env.reset()
-        frame = env.render()
-    except Exception as error:  # graphics libraries fail in a dozen ways
-        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
-    if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,) or frame.dtype != np.uint8:
-        fail(f"--capture-video: {env_id} does not draw arrays (H, W, 3) of uint8")
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment with flat observations and discrete actions."""
+    env = make_flat_env(args, render_mode)
+    if not isinstance(env.action_space, gym.spaces.Discrete):
+        raise UsageError(f"needs Discrete actions; {args.env_id} has {env.action_space}")
     return env
 
 
-TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
-
-
-def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
-    """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
-
-    So a resumed run plays the same episodes as one that never stopped. Of 2**32 seeds, two streams rarely share one.
-    """
-    return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
-
-
-class RunningStatistics(nn.Module):
-    """Mean and variance of all rows that it was shown. Being buffers, they are saved and loaded with the network."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0.0))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Takes in (B, size) more rows: Chan et al. (1979), "Updating formulae", equations 2.1."""
-        total = self.count + len(rows)
-        difference = rows.mean(0) - self.mean
-        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference.square() * self.count * len(rows) / total) / total)
-        self.mean += difference * len(rows) / total
-        self.count.copy_(total)
-
-
 class QNetwork(nn.Module):
-    """Q(s, .): three linear layers with ReLUs between. Output a is the value of action a."""
+    """Q(s, .): two hidden layers. Output a is the value of action a."""
 
-    def __init__(self, obs_size: int, num_actions: int, hidden_size: int, norm_obs: bool) -> None:
+    def __init__(self, obs_size: int, num_actions: int, hidden_size: int) -> None:
         super().__init__()
-        self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
         self.layers = nn.Sequential(
             nn.Linear(obs_size, hidden_size), nn.ReLU(),
             nn.Linear(hidden_size, hidden_size), nn.ReLU(),
@@ -219,412 +150,643 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (B, O) -> Q(s, .) (B, K)."""
-        if self.obs_statistics is not None:
-            mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
-            obs = ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)
         return self.layers(obs)
 
 
-def make_network(args: Args, envs: list[gym.Env]) -> QNetwork:
-    """A Q-network that fits the environments."""
-    obs_size, num_actions = envs[0].observation_space.shape[0], int(envs[0].action_space.n)
-    return QNetwork(obs_size, num_actions, args.hidden_size, args.norm_obs)
+def make_network(args: Args, envs: "Envs") -> QNetwork:
+    """A Q-network for these environments."""
+    return QNetwork(envs.obs.shape[1], int(envs.action_space.n), args.hidden_size)
 
 
-# ---- The algorithm --------------------------------------------------------------------------------------------------
+# ---- The algorithm -------------------------------------------------------------------------------
 
 
 def linear_epsilon(step: int, start: float, end: float, duration: float) -> float:
-    """The probability of a random action: falls linearly from start at step 0 to end at step `duration`, and stays."""
+    """Falls linearly from start at step 0 to end at step `duration`, and stays there."""
     return end if step >= duration else start + (end - start) * step / duration
 
 
 @torch.no_grad()
-def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
-    """Epsilon-greedy: the action of the largest Q(s, .), or, with probability epsilon, any: (N, ...) -> (N,)."""
-    q_values = q_network(obs).cpu()  # to the CPU, whose random numbers a checkpoint saves
-    if not math.isfinite(q_values.sum()):
-        raise FloatingPointError("the Q-network's output is not finite: weights diverged, or an observation is NaN")
+def act(q_network: nn.Module, obs: np.ndarray, epsilon: float) -> np.ndarray:
+    """Epsilon-greedy actions: observations (N, ...) -> (N,)."""
+    obs = torch.from_numpy(obs).to(next(q_network.parameters()).device)
+    q_values = q_network(obs).cpu()
     random_actions = torch.randint(q_values.shape[1], (len(q_values),))
-    return torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
+    actions = torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
+    return actions.numpy()
 
 
-def td_target(
-    rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, next_q_online: Tensor | None = None
-) -> Tensor:
-    """y = r + gamma * max_a' Q_target(s', a'), and y = r where the episode terminated: (B,), (B,), (B, K) -> (B,).
-
-    next_q is Q_target(s', .). The maximum of noisy estimates is too high on average. So in double Q-learning, the
-    Q-network's own Q(s', .), next_q_online, chooses a', and next_q, whose noise had less say in that, values it.
-    """
-    best_actions = (next_q if next_q_online is None else next_q_online).argmax(1, keepdim=True)
-    return rewards + gamma * next_q.gather(1, best_actions).squeeze(1) * ~terminated
+def td_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float) -> Tensor:
+    """y = r + gamma * max_a' Q_target(s', a'), or r if terminated: (B,), (B,), (B, K) -> (B,)."""
+    return rewards + gamma * next_q.max(1).values * ~terminated
 
 
 @torch.no_grad()
 def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
-    """Each weight of the target network <- (1 - tau) * itself + tau * the Q-network's: a copy if tau is 1."""
-    torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), tau)
+    """Each weight of the target network <- (1 - tau) * itself + tau * the Q-network's."""
+    for target, source in zip(target_network.parameters(), q_network.parameters()):
+        target.lerp_(source, tau)
 
 
 class Batch(NamedTuple):
     """B transitions. Row b of each:"""
 
-    obs: Tensor  # what the environment showed, not normalised, (B, O)
-    actions: Tensor  # what was done then, (B,)
-    rewards: Tensor  # what it brought, (B,)
-    next_obs: Tensor  # what was seen next: after an episode's last step, its last observation, (B, O)
-    terminated: Tensor  # whether the episode is over and nothing follows; False at a time limit, (B,)
+    obs: Tensor  # observation, (B, O)
+    actions: Tensor  # action, (B,)
+    rewards: Tensor  # reward, (B,)
+    next_obs: Tensor  # next observation; at the end of an episode its last one, (B, O)
+    terminated: Tensor  # whether the episode is over; False at a time limit, (B,)
 
 
 def update(
-    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
-) -> dict[str, Tensor]:
-    """One gradient step on the B transitions of a batch -> metrics, scalars."""
-    with torch.no_grad():  # the target is a constant, although the network made it
-        next_q_online = q_network(batch.next_obs) if args.double_q else None
+    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer,
+    batch: Batch, gamma: float,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One gradient step on the B transitions of a batch -> metrics."""
+    with torch.no_grad():  # the target is a constant
         next_q = target_network(batch.next_obs)
-        target = td_target(batch.rewards, batch.terminated, next_q, args.gamma, next_q_online)
+        target = td_target(batch.rewards, batch.terminated, next_q, gamma)
     q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
     loss = F.mse_loss(q_values, target)
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss is {loss.item()}")
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
 
-def is_due(step: int, count: int, frequency: int) -> bool:
-    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
-    return frequency > 0 and step % frequency < count
-
-
-# ---- Memory ---------------------------------------------------------------------------------------------------------
+# ---- Memory --------------------------------------------------------------------------------------
 
 
 class ReplayBuffer:
-    """The last transitions, as many as `size`, in a ring: once it is full, the newest takes the place of the oldest."""
+    """The last `size` transitions, in a ring: the newest one takes the place of the oldest."""
 
     def __init__(self, size: int, obs_size: int) -> None:
-        try:
+        with refusing(f"--buffer-size {size} does not fit into memory", RuntimeError):
             self.rows = Batch(
                 obs=torch.zeros(size, obs_size), actions=torch.zeros(size, dtype=torch.int64),
                 rewards=torch.zeros(size), next_obs=torch.zeros(size, obs_size),
                 terminated=torch.zeros(size, dtype=torch.bool),
             )  # fmt: skip
-        except RuntimeError:  # PyTorch has no MemoryError
-            fail(f"--buffer-size {size}: so many transitions do not fit into memory")
-        self.arrays = [part.numpy() for part in self.rows]  # the same memory, where writing one row is quicker
         self.size, self.num_added = size, 0
 
-    def add(self, *transition: np.ndarray | float | bool) -> None:
-        """Copies one transition: obs (O,), action, reward, next_obs (O,), terminated."""
-        row = self.num_added % self.size
-        for array, value in zip(self.arrays, transition):
-            array[row] = value
-        self.num_added += 1
+    def add(self, *transitions: np.ndarray) -> None:
+        """Adds N transitions: obs (N, O), actions, rewards (N,), next_obs (N, O), terminated (N,)."""
+        rows = (self.num_added + np.arange(len(transitions[0]))) % self.size
+        for column, values in zip(self.rows, transitions):
+            column.numpy()[rows] = values
+        self.num_added += len(rows)
 
     def sample(self, batch_size: int) -> Batch:
-        """Each of the B rows is any transition of the buffer, all equally probable."""
-        chosen = torch.randint(min(self.num_added, self.size), (batch_size,))
-        return Batch(*(part[chosen] for part in self.rows))
+        """B transitions, drawn uniformly, with replacement."""
+        rows = torch.randint(min(self.num_added, self.size), (batch_size,))
+        return Batch(*(column[rows] for column in self.rows))
 
     def state_dict(self) -> dict:
         """The rows that are filled, for a checkpoint."""
-        return {"num_added": self.num_added, "rows": [part[: self.num_added].clone() for part in self.rows]}
+        filled = [column[: self.num_added].clone() for column in self.rows]
+        return {"num_added": self.num_added, "rows": filled}
 
     def load_state_dict(self, state: dict) -> None:
-        """Puts back what `state_dict` gave."""
-        self.num_added = state["num_added"]
-        for part, saved in zip(self.rows, state["rows"]):
-            part[: self.num_added] = saved
+        """Takes what `state_dict` gave."""
+        self.num_added = int(state["num_added"])
+        for column, saved in zip(self.rows, state["rows"], strict=True):
+            column[: self.num_added] = saved
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
+# ---- Training and evaluation ---------------------------------------------------------------------
 
 
-def train(args: Args) -> Path:
-    """Trains a Q-network, from the start or from the checkpoint in args.resume, and returns the run's folder."""
-    torch.set_num_threads(1)  # for a network this small, a second thread costs more than it brings
+def train(args: Args) -> "Result":
+    """Trains a Q-network, from the start or from the checkpoint in args.resume."""
     torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    envs, num_envs = make_envs(args), args.num_envs
-    first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always from 0
-    q_network, target_network = make_network(args, envs).to(device), make_network(args, envs).to(device)
+    device = torch.device(args.device)
+    envs = Envs(args, args.num_envs, TRAINING)
+    q_network, target_network = make_network(args, envs), make_network(args, envs)
+    q_network, target_network = q_network.to(device), target_network.to(device)
     target_network.load_state_dict(q_network.state_dict())
-    target_network.obs_statistics = q_network.obs_statistics  # both see the same
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
-    buffer = ReplayBuffer(args.buffer_size, envs[0].observation_space.shape[0])
-    parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
-    global_step = 0
-    if args.resume is not None:
-        state = load_checkpoint(args.resume, args, **parts)
-        global_step = state["global_step"]
-        torch.set_rng_state(state["random_state"])
-    run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
-    print(f"Training in {run_dir}", flush=True)
-    writer = open_log(run_dir, args, global_step)
+    buffer = ReplayBuffer(args.buffer_size, envs.obs.shape[1])
+    parts = {"target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+    with Run(args, envs, q_network, **parts) as run:
+        metrics = {}  # of the last gradient step
+        while run.goes_on():
+            if args.anneal_lr:
+                remaining = 1 - envs.steps / args.total_timesteps
+                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-    def save() -> None:
-        writer.flush()  # the event file must not lag behind the checkpoint
-        save_checkpoint(run_dir, args, parts, global_step=global_step)
+            # Act: one step in every environment.
+            duration = args.exploration_fraction * args.total_timesteps
+            epsilon = linear_epsilon(envs.steps, args.start_e, args.end_e, duration)
+            obs = envs.obs.copy()
+            actions = act(q_network, obs, epsilon)
+            next_obs, rewards, terminated, _ = envs.step(actions)
+            buffer.add(obs, actions, rewards, next_obs, terminated)
 
-    first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
-    save()  # from here on there is something to resume
-    try:
-        with progress_bar(global_step, args.total_timesteps) as bar:
-            while global_step < args.total_timesteps:
-                if obs is None:  # at the start and after each checkpoint: new episodes, given by seed and step alone
-                    seeds = episode_seeds(args.seed, (TRAINING, global_step), num_envs)
-                    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-                    returns, lengths, metrics = [0.0] * num_envs, [0] * num_envs, {}
-                if args.anneal_lr:
-                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+            # Learn: the gradient steps and target updates that are due in these N steps.
+            first = max(envs.steps - args.num_envs + 1, args.learning_starts)
+            for step in range(first, envs.steps + 1):
+                if step % args.train_frequency == 0:
+                    for _ in range(args.gradient_steps):
+                        batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
+                        metrics = update(q_network, target_network, optimizer, batch, args.gamma)
+                if step % args.target_network_frequency == 0:
+                    update_target(target_network, q_network, args.tau)
 
-                # Act: one step in every environment. Where an episode ends, the next one begins.
-                duration = args.exploration_fraction * args.total_timesteps
-                epsilon = linear_epsilon(global_step, args.start_e, args.end_e, duration)
-                rows = np.array(obs, dtype=np.float32)
-                actions = select_actions(q_network, torch.from_numpy(rows).to(device), epsilon)
-                for i, action in enumerate(actions.tolist()):
-                    obs[i], reward, terminated, truncated, _ = envs[i].step(first_action + action)
-                    buffer.add(rows[i], action, reward, obs[i], terminated)
-                    global_step += 1
-                    returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
-                    if terminated or truncated:
-                        writer.add_scalar("charts/episodic_return", returns[i], global_step)
-                        writer.add_scalar("charts/episodic_length", lengths[i], global_step)
-                        recent.append(returns[i])
-                        obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
-
-                # Learn: the gradient steps and target updates that fall due in these N steps.
-                for step in range(max(global_step - num_envs + 1, args.learning_starts), global_step + 1):
-                    if args.norm_obs and (step == args.learning_starts or step % args.target_network_frequency == 0):
-                        q_network.obs_statistics.update(buffer.sample(SAMPLE).obs.to(device))
-                    if step % args.train_frequency == 0:
-                        for _ in range(args.gradient_steps):
-                            batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
-                            metrics = update(q_network, target_network, optimizer, batch, args)
-                    if step % args.target_network_frequency == 0:
-                        update_target(target_network, q_network, args.tau)
-
-                # Log, save.
-                if is_due(global_step, num_envs, LOG_FREQUENCY):
-                    scalars = {
-                        "charts/epsilon": epsilon,
-                        "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                        "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),
-                    }
-                    for tag, value in (scalars | metrics).items():
-                        writer.add_scalar(tag, value, global_step)
-                    if recent:
-                        bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
-                bar.update(min(global_step, args.total_timesteps) - bar.n)
-                if is_due(global_step, num_envs, args.checkpoint_frequency) or global_step >= args.total_timesteps:
-                    save()
-                    obs, envs = None, make_envs(args)  # new ones, as in a resumed run, so that both go on alike
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        stop(error, global_step, run_dir)
-
-    log_evaluation(writer, args, run_dir, global_step, *evaluate(args, envs, q_network, run_dir))
-    print(run_dir)
-    return run_dir
+            # Log, evaluate, save.
+            if run.is_due(LOG_FREQUENCY):
+                learning_rate = optimizer.param_groups[0]["lr"]
+                rates = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+                run.log(metrics | rates)
+            if run.is_due(args.eval_frequency):
+                run.evaluate()
+            if run.is_due(args.checkpoint_frequency):
+                run.save()
+        return run.finish()
 
 
-def play_greedily(
-    envs: list[gym.Env], q_network: nn.Module, seeds: list[int], frames: list | None = None
-) -> list[list[float]]:
-    """Plays one episode for each seed, side by side, by the largest Q(s, .): the rewards of each.
+def play(args: Args, q_network: QNetwork, obs: np.ndarray) -> np.ndarray:
+    """How the trained policy is evaluated: observations (N, O) -> actions (N,)."""
+    return act(q_network, obs, epsilon=0.0)
 
-    If there is a list for frames, every second step of the first episode is drawn into it.
+
+def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
+    """Plays args.eval_episodes whole episodes: their mean return and length.
+
+    It has environments of its own and leaves the random numbers of the training alone. The first
+    episode is drawn into the file `gif`, if there is one.
     """
-    first_action, device = int(envs[0].action_space.start), next(q_network.parameters()).device
-    rewards = [[] for _ in seeds]
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-    running = list(range(len(seeds)))
-    while running:
-        rows = np.array([obs[i] for i in running], dtype=np.float32)
-        actions = select_actions(q_network, torch.from_numpy(rows).to(device), epsilon=0.0)
-        if frames is not None and running[0] == 0 and len(rewards[0]) in range(0, MAX_FRAMES, 2):
-            frames.append(envs[0].render())
-        still_running = []
-        for i, action in zip(running, actions.tolist()):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(first_action + action)
-            rewards[i].append(float(reward))
-            if not (terminated or truncated):
-                still_running.append(i)
-        running = still_running
-    return rewards
+    num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
+    quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
+    envs = Envs(args, num_envs, EVALUATION, draw=gif is not None)
+    with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        envs.reset()
+        while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
+            if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
+                frames.append(envs.render())
+                if len(frames) > MAX_FRAMES:  # from now on every fourth frame, every eighth ...
+                    frames, stride = frames[::2], 2 * stride
+            envs.step(play(args, network, envs.obs[which]), which)
+    if gif is not None:
+        images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
+        with refusing(f"cannot write {gif}", OSError):
+            images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
+                           loop=0)  # fmt: skip
+    _, returns, lengths = np.array(envs.finished).T
+    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+    return float(returns.mean()), float(lengths.mean())
 
 
-def evaluate(args: Args, envs: list[gym.Env], q_network: nn.Module, run_dir: Path) -> tuple[float, float]:
-    """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
-    seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    episodes, frames = [], ([] if args.capture_video else None)
-    for first in range(0, len(seeds), len(envs)):
-        episodes += play_greedily(envs, q_network, seeds[first : first + len(envs)], None if first else frames)
-    returns = [sum(rewards) for rewards in episodes]
-    print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
-    if frames:
-        fps = envs[0].metadata.get("render_fps") or 30
-        path, milliseconds = run_dir / "episode.gif", 2 * 1000 / fps  # of every second frame, to halve the file
-        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
-        print(f"Animated picture: {path}")
-    return float(np.mean(returns)), float(np.mean([len(rewards) for rewards in episodes]))
+# ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------
+
+MAX_EPISODE_STEPS = 10_000  # time limit of environments that have none of their own
+MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
+TRAINING, EVALUATION = 0, 1  # streams of seeds
 
 
-# ---- Runs, checkpoints, command line --------------------------------------------------------------------------------
+class UsageError(ValueError):
+    """What the user can mend, or has to know. `main` prints it as one line."""
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr."""
-    print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path) -> NoReturn:
-    """Ends a training with one line that says what happened when, and what can be done now."""
-    if isinstance(error, KeyboardInterrupt):
-        fail(f"interrupted at step {step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
-    fail(f"step {step}: {error}. Are the environment's observations and rewards finite? If so, try a lower "
-         f"--learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
-
-
-def pick_device(name: str) -> torch.device:
-    """auto is the CPU: calling a GPU takes longer than computing so small a network."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name, True):
-        fail(f"--device {name}: PyTorch finds no such device on this machine")
-    return torch.device("cpu" if name == "auto" else name)
-
-
-def make_run_dir(args: Args) -> Path:
-    """Makes the folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>, which must be new."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+@contextlib.contextmanager
+def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Makes errors of these types a UsageError: of one line, and about `what`."""
     try:
-        run_dir.mkdir(parents=True)
-        return run_dir
-    except FileExistsError:
-        if not run_dir.is_dir():
-            raise
-        time.sleep(1)  # another run began in this second
-        return make_run_dir(args)
+        yield
+    except errors as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UsageError(f"{what}: {cause}") from error
 
 
-def settings(args: Args) -> dict:
-    """All arguments but --resume and --evaluate, which are this call's alone."""
-    return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
+class Result(NamedTuple):
+    """What came of a run; also in its result.json. Means are over the episodes of evaluation."""
+
+    folder: str
+    episodic_return: float
+    episodic_length: float
+    steps: int
+    seconds: float  # of training, without pauses
 
 
-def open_log(run_dir: Path, args: Args, step: int) -> SummaryWriter:
-    """TensorBoard's writer, with a table of the arguments. Hides what was logged after the checkpoint of that step."""
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    rows = [f"|{name}|{value}|" for name, value in settings(args).items()]
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
-    return writer
+def check(args: "Args") -> None:
+    """Refuses arguments that have another type than theirs, or are out of bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if type(value) not in (str, int, float, bool, type(None)):
+            raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
+        with refusing(flag, UnicodeError):  # bytes that are not UTF-8 cannot be printed or saved
+            str(value).encode()
+        if hasattr(hint, "__metadata__"):
+            kind, (low, high) = hint.__origin__, hint.__metadata__
+            if not (isinstance(value, int | kind) and low <= value <= high):
+                raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--resume and --evaluate exclude each other")
 
 
-def log_evaluation(
-    writer: SummaryWriter, args: Args, run_dir: Path, step: int, mean_return: float, mean_length: float
-) -> None:
-    """The last points of a run, its picture, and its row in the HPARAMS tab."""
-    writer.add_scalar("eval/episodic_length", mean_length, step)  # add_hparams adds eval/episodic_return
-    if args.capture_video:  # add_image would show a still picture
-        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), step)
-    compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
-    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
-    writer.close()
+def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
+    """The environment, with a time limit, and with observations that are vectors."""
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
+    what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+    with refusing(what, gym.error.Error, ImportError, *errors):
+        if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
+            raise ImportError("this is no name")
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    if render_mode is not None:
+        with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+            env.reset()
+            if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
+                raise ValueError("it does not draw arrays (H, W, 3) of uint8")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    space = env.observation_space
+    if not space.is_np_flattenable:
+        raise UsageError(f"needs observations of a fixed size; {args.env_id} has {space}")
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if flat else gym.wrappers.FlattenObservation(env)
 
 
-def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
+class Envs:
+    """N environments, stepped side by side. Where an episode ends, the next one begins.
+
+    An episode is given by its seed and its actions, and its seed by (the run's seed, the stream,
+    the environment, the episode's number). A checkpoint holds this number and the actions so far;
+    `reset` replays them, and the environments stand where they stood.
+    """
+
+    def __init__(self, args: Args, num_envs: int, stream: int, draw: bool = False) -> None:
+        modes = ["rgb_array" if draw and i == 0 else None for i in range(num_envs)]
+        self.envs = [make_env(args, mode) for mode in modes]
+        self.seed, self.stream = args.seed, stream
+        self.fps = self.envs[0].metadata.get("render_fps") or 30
+        flattened = isinstance(self.envs[0], gym.wrappers.FlattenObservation)
+        self.obs_space = (self.envs[0].env if flattened else self.envs[0]).observation_space
+        self.action_space = self.envs[0].action_space
+        self.first_action = getattr(self.action_space, "start", 0)  # nearly always 0
+        self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
+        self.steps, self.finished = 0, []  # of all; (step, return, length) of each finished episode
+        self.episodes = [0] * num_envs  # finished ones; of the running ones, the following three
+        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
+        self.actions = [[] for _ in self.envs]
+
+    def begin(self, i: int) -> None:
+        """Begins an environment's next episode."""
+        key = self.stream, i, self.episodes[i]
+        (seed,) = np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1).tolist()
+        self.obs[i] = np.reshape(self.envs[i].reset(seed=seed)[0], -1)
+
+    def reset(self) -> None:
+        """Begins the first episodes, or those of a checkpoint, up to where they were."""
+        saved = self.obs.copy()
+        for i, env in enumerate(self.envs):
+            self.begin(i)
+            for action in self.actions[i]:
+                self.obs[i] = np.reshape(env.step(action)[0], -1)
+        if self.steps > 0 and not np.array_equal(saved, self.obs):
+            print("Warning: an episode was not the same when it was repeated. The run goes on, but "
+                  "not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+
+    def step(self, actions: np.ndarray, which: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """One step in all environments, or in the n of `which`, by actions (n, ...).
+
+        Returns next_obs (n, O), rewards, terminated, truncated (n,). Where an episode ended,
+        next_obs is its last observation, and self.obs is the first one of the next episode.
+        """
+        which = range(len(self.envs)) if which is None else which
+        next_obs = np.empty((len(which), *self.obs.shape[1:]), np.float32)
+        rewards = np.empty(len(which), np.float32)
+        terminated, truncated = np.empty((2, len(which)), dtype=bool)
+        for row, (i, action) in enumerate(zip(which, actions + self.first_action)):
+            obs, reward, terminated[row], truncated[row], _ = self.envs[i].step(action)
+            next_obs[row] = self.obs[i] = np.reshape(obs, -1)
+            rewards[row] = reward = np.asarray(reward).item()  # it may be an array of one number
+            self.steps += 1
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            self.actions[i].append(action)
+            if terminated[row] or truncated[row]:
+                self.finished.append((self.steps, self.returns[i], self.lengths[i]))
+                self.episodes[i] += 1
+                self.returns[i], self.lengths[i], self.actions[i] = 0.0, 0, []
+                self.begin(i)
+        if not (np.isfinite(next_obs).all() and np.isfinite(rewards).all()):
+            raise UsageError("an observation or a reward of the environment is not finite")
+        return next_obs, rewards, terminated, truncated
+
+    def render(self) -> np.ndarray:
+        """A picture of the first environment, (H, W, 3)."""
+        return self.envs[0].render()
+
+    def close(self) -> None:
+        """Closes all environments, once."""
+        while self.envs:
+            self.envs.pop().close()
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds."""
+        actions = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        counts = {name: getattr(self, name) for name in ("steps", "episodes", "returns", "lengths")}
+        return counts | {"actions": actions, "obs": torch.from_numpy(self.obs)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes that back; then `reset` has to be called."""
+        if state["obs"].shape != self.obs.shape:
+            raise ValueError(f"observations were {tuple(state['obs'].shape)}, {self.obs.shape} now")
+        for name, kind in ("episodes", int), ("returns", float), ("lengths", int):
+            setattr(self, name, [kind(value) for value in state[name]])
+        self.steps = int(state["steps"])
+        self.actions = [list(actions.numpy()) for actions in state["actions"]]
+        self.obs = state["obs"].numpy()
 
 
-def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
-    """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
-    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight or a running statistic is no longer finite")
-    states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
-    with open(run_dir / "checkpoint.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+class Run:
+    """A training's folder, lock, log, progress bar and checkpoints; closed however it ends."""
+
+    def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
+        self.args, self.envs, self.network = args, envs, network
+        self.parts = {"envs": envs, "network": network} | parts  # what a checkpoint holds
+        self.seconds, self.best_return, self.saved_step = 0.0, -math.inf, -1
+        self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
+        with contextlib.ExitStack() as stack:  # closes what is open if something fails
+            stack.callback(envs.close)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(args.num_threads or os.cpu_count())
+            if args.capture_video:  # what is missing should not come to light after the training
+                Envs(args, 1, EVALUATION, draw=True).close()
+            with refusing("cannot write", OSError):  # for example if another process has the lock
+                new = args.resume is None
+                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
+                stack.enter_context(FileLock(self.folder / "lock", blocking=False))
+            for part in parts.values():
+                if hasattr(part, "open"):  # it keeps files in the folder
+                    part.open(self.folder, args.resume is not None)
+                    stack.callback(part.close)
+            if args.resume is not None:
+                self.load()
+            if self.old_result() is not None:  # nothing is left to do
+                self.stack = stack.pop_all()
+                return
+            envs.reset()
+            self.first_step, self.start = envs.steps, time.perf_counter()
+            rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
+            table = "\n".join(f"|{name}|{value}|" for name, value in rows)
+            with refusing("cannot write the log", OSError):
+                self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+                stack.callback(self.close_log)
+                self.writer.add_text("hyperparameters", table, envs.steps)
+            moves = sys.stderr.isatty() or "ipykernel" in sys.modules  # else: few lines in a log
+            self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
+                            unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
+            stack.callback(self.bar.close)
+            if (threading.current_thread() is threading.main_thread()
+                    and signal.getsignal(signal.SIGINT) is signal.default_int_handler):  # fmt: skip
+                stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGINT, self.interrupt)
+            print(f"Training in {self.folder}", flush=True)
+            if self.saved_step < 0:
+                self.save()  # from here on there is something to resume
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self.stack.close()
+        if error is not None:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+            error.add_note(f"Stopped at step {self.envs.steps}. To go on from the checkpoint of "
+                           f"step {self.saved_step}:\n{command}")  # fmt: skip
+
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C lets the loop end its round and save; once more, and it stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def goes_on(self) -> bool:
+        """Whether there are steps left to train. Saves after Ctrl-C, and stops."""
+        if self.interrupted:
+            self.save()
+            raise KeyboardInterrupt
+        self.round_start = self.envs.steps
+        return self.envs.steps < self.args.total_timesteps
+
+    def is_due(self, frequency: int) -> bool:
+        """Whether this round has passed a multiple of so many steps. `finish` cares for the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        return passed and self.envs.steps < self.args.total_timesteps
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """Writes metrics and the episodes that have ended, moves the bar, looks for NaN."""
+        seconds = time.perf_counter() - self.start
+        metrics = metrics | {"charts/SPS": (self.envs.steps - self.first_step) / seconds}
+        with refusing("cannot write the log", OSError):
+            for step, episodic_return, length in self.envs.finished:
+                self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+                self.writer.add_scalar("charts/episodic_length", length, step)
+                self.recent.append(episodic_return)
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, float(value), self.envs.steps)
+        self.envs.finished.clear()
+        if self.recent:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent):.1f}", refresh=False)
+        self.bar.update(min(self.envs.steps, self.args.total_timesteps) - self.bar.n)
+        numbers = [*metrics.values(), *(w.sum() for w in self.network.state_dict().values())]
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError("a loss or a weight is not finite: try a lower --learning-rate")
+
+    def save(self) -> None:
+        """Writes a checkpoint. It changes nothing in the run, so this may happen at any step."""
+        self.log({})
+        with refusing("cannot write the log", OSError):
+            self.writer.flush()  # the log must not lag behind the checkpoint
+        seconds = self.seconds + time.perf_counter() - self.start
+        state = {"seconds": seconds, "random_state": torch.get_rng_state()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
+        self.saved_step = self.envs.steps
+
+    def load(self) -> None:
+        """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
+        state = read_checkpoint(self.args.resume)
+        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+            self.seconds = float(state["seconds"])
+            torch.set_rng_state(state["random_state"])
+            for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    state[name]["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(state[name])
+        self.saved_step = self.envs.steps
+        if (self.folder / "best.pt").exists():
+            self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
+
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        """Evaluates, logs the means, and keeps the best network so far in best.pt."""
+        mean, length = evaluate(self.args, self.network, gif)
+        self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
+        if mean > self.best_return:
+            self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
+            write_checkpoint(self.folder / "best.pt", self.args, state)
+        return mean, length
+
+    def old_result(self) -> Result | None:
+        """The result of a run that had ended before it was resumed, and has no steps left."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            result = Result(**json.loads((self.folder / "result.json").read_text()))
+            if result.steps == self.envs.steps >= self.args.total_timesteps:
+                return result._replace(folder=str(self.folder))
+        return None
+
+    def finish(self) -> Result:
+        """Saves, evaluates, and writes result.json and the last points of the log."""
+        if (old := self.old_result()) is not None:
+            print("This run has ended. To train it further, give a larger --total-timesteps.")
+            return old
+        self.save()
+        seconds = self.seconds + time.perf_counter() - self.start
+        self.envs.close()
+        gif = self.folder / "episode.gif" if self.args.capture_video else None
+        mean, length = self.evaluate(gif)
+        # The tab HPARAMS: first which script it was, and its result.
+        row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
+        row = {name: value for name, value in row.items() if value is not None}
+        summaries = list(hparams(row, {"eval/episodic_return": mean}))
+        result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
+        with refusing("cannot write the result", OSError):
+            if gif is not None:  # add_image would show a still picture
+                image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+                summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, self.envs.steps)
+            self.writer.flush()
+            (self.folder / "result.json").write_text(json.dumps(result._asdict()))
+        return result
+
+    def close_log(self) -> None:
+        """On a full disk, this fails once more: that is no news."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
 
 
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
-    path = Path(run_dir) / "checkpoint.pt"
+def make_folder(args: Args) -> Path:
+    """A new folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_checkpoint(path: Path, args: Args, state: dict) -> None:
+    """Writes a new file, then renames it: whenever the process dies, old or new one is whole."""
+    new = path.with_suffix(".tmp")
+    state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
+    try:
+        with refusing(f"cannot write {path}", OSError, RuntimeError), open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """checkpoint.pt in the folder of a run; or the file itself."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
-        if not isinstance(state, dict) or state.get("script") != SCRIPT:
-            fail(f"{path} is not a checkpoint of {SCRIPT}.py")
-        state["args"] = Args(**state["args"])
-        if args is not None:
-            refuse_changes(args, state["args"])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state
-    except Exception as error:  # a cut or foreign file fails in a dozen ways
-        fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
+        raise UsageError(f"there is no checkpoint {str(path)!r}")
+    return path
 
 
-def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
-    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
-    for name, value in asdict(saved).items():
-        if name not in changeable and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
-    if args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+def read_checkpoint(path: str | Path) -> dict:
+    """What `write_checkpoint` wrote, if it is unchanged to the last byte."""
+    path = checkpoint_path(path)
+    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):  # fails in a dozen ways
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is one of {state['script']}.py")
+        return state | {"args": Args(**state["args"])}
+
+
+def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs, nn.Module]:
+    """A checkpoint's arguments, environments (closed) that it is for, and its network."""
+    state = read_checkpoint(path)
+    args = args or state["args"]
+    with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
+        network = make_network(args, envs)
+    with refusing(f"{path} does not fit {args.env_id}", Exception):
+        network.load_state_dict(state["network"])
+    return args, envs, network.to(args.device)
+
+
+def load_policy(path: str | Path) -> Callable:
+    """The policy of a run, or of a best.pt: a function from one observation to one action.
+
+    Both are as in the environment: `env.step(policy(obs))`.
+    """
+    args, envs, network = load_network(path)
+
+    def policy(obs):
+        row = np.reshape(gym.spaces.flatten(envs.obs_space, obs), (1, *envs.obs.shape[1:]))
+        return (play(args, network, row.astype(envs.obs.dtype)) + envs.first_action)[0]
+
+    return policy
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", nargs="?")
-    finder.add_argument("--evaluate", nargs="?")
-    found, _ = finder.parse_known_args()
+    """The command line. With --resume or --evaluate, the arguments of that run are the defaults."""
+    words = [re.sub(r"^((?:--.*=)?\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), word)
+             for word in sys.argv[1:]]  # fmt: skip
+    runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
+    run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
-        saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
-        default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
+    if (run.resume is None) != (run.evaluate is None):
+        default = replace(read_checkpoint(run.resume or run.evaluate or "")["args"], **vars(run))
+    # --help shows two groups of arguments: what is learned, and from exp_name on, how it is run.
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Args), re.M))
+    groups, hints = {"algorithm": [], "run": []}, get_type_hints(Args, include_extras=True)
+    for name in asdict(default):
+        group = "run" if name == "exp_name" or groups["run"] else "algorithm"
+        hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
+        groups[group].append((name, hint, getattr(default, name)))
+    parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    command = make_dataclass("Command", fields)
+    doc = __doc__ or SCRIPT  # python -OO leaves no docstring
+    about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
+    parsed = tyro.cli(command, args=words, description="\n\n".join(about))
+    with refusing("arguments", ValueError, RuntimeError, AssertionError):
+        args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+        torch.zeros(1, device=args.device).cpu()  # is there such a device?
+        return args
 
 
 def main() -> None:
+    """Trains or evaluates as the command line says. The last line is the folder of the run."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to end
+    hook = threading.excepthook  # what fails in TensorBoard's thread, its next call raises, too
+    threading.excepthook = lambda args: "tensorboard" in type(args.thread).__module__ or hook(args)
     try:
         args = parse_args()
         if args.evaluate is None:
-            train(args)
+            print(train(args).folder)
         else:
-            envs = make_envs(args)
-            q_network = make_network(args, envs)
-            load_checkpoint(args.evaluate, args, q_network=q_network)
-            evaluate(args, envs, q_network.to(pick_device(args.device)), Path(args.evaluate))
-            print(args.evaluate)
-    except FloatingPointError as error:
-        fail(str(error), code=1)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
-        if "allocate" not in str(error):
-            raise
-        fail(f"not enough memory: {error}")
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+            folder = checkpoint_path(args.evaluate).parent
+            gif = folder / "episode.gif" if args.capture_video else None
+            evaluate(args, load_network(args.evaluate, args)[-1], gif)
+            print(folder)
+    except UsageError as error:
+        message = " ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{SCRIPT}:", *message.split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"{SCRIPT}: interrupted", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,65 +1,78 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.6.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
+#   "torch>=2.6.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16",
+#   "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
 r"""Proximal policy optimisation (PPO) from pixels, for Atari games.
 
-Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
-         Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
-         equation 16. Comments such as [D3] are the numbers of details in Huang et al. (2022), "The 37 implementation
-         details of proximal policy optimization": D1 to D12 at the core, A1 to A9 for Atari.
-Idea     Play T steps in N environments with the policy pi. V(s), which is learned as well, predicts the discounted sum
-         of rewards from s on. Go over these steps several times, and make the actions that turned out better than V
-         expected more probable, the others less. The steps were taken by pi_old, the policy before these changes, and
-         tell little about one that is very different. So the loss no longer rewards moving pi(a|s) further once its
-         ratio to pi_old(a|s) is more than epsilon away from 1.
+Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9.
+         Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
+         estimation", equation 16. What goes beyond them is described in Huang et al. (2022), "The
+         37 implementation details of proximal policy optimization".
+Idea     Play T steps in N environments with the policy pi, and estimate the advantage A of each
+         action: how much better it turned out than the value V(s) had predicted. Make actions of
+         positive advantage more likely and the others less, in several epochs over the same
+         steps. They were sampled from pi_old, the policy before these epochs, and say little about
+         a policy far away from it. So the loss is clipped: nothing is gained by moving the
+         probability ratio further than epsilon from 1.
 
-             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
-             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: all deltas from t on, discounted
+             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        TD error
+             A_t     = delta_t + gamma * lambda * A_{t+1}       advantage
              ratio   = pi(a|s) / pi_old(a|s)
-             loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)      for the policy
-                       + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
-                       - ent_coef * entropy of pi                                              to keep exploring
+             loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
+                       + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
 
-Differs  Where only a time limit ends an episode, V stands for what would have followed. Ale-py's vector environment
-         cannot be saved, so each checkpoint begins new games, and those being played are never scored. For the learner
-         only, a reward becomes its sign and the loss of a life ends an episode; what is logged are the true scores of
-         whole games. On by default, beyond the equations: A is normalised in each minibatch, the change of V and the
-         gradient are clipped, and the learning rate falls to 0 (in the paper, epsilon falls with it). Off by default:
-         the early stop by the KL divergence, and the normalisation of observations, with which Pong is learned quickly.
-Shapes   T steps (four frames each) of N games in one rollout, row t from t to t+1; B of them in a minibatch; K actions.
+Differs  V bootstraps where a time limit truncates an episode. Advantages are normalised in each
+         minibatch, the change of V and the gradients are clipped, and the learning rate falls
+         linearly to 0 (in the paper, epsilon does, too). The learner sees the sign of a reward,
+         and a lost life as an end; what is logged are the true scores of whole games. With
+         --norm-obs, pixels are normalised by running statistics: Pong is learned much faster.
+Shapes   T steps (four frames each) of N games in a rollout, B of them in a minibatch; K actions.
+         Row t is the step from t to t+1.
 Run      python ppo_atari.py
-         python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --num-envs 32 --num-minibatches 8 \
-             --update-epochs 3 --learning-rate 5e-4 --no-anneal-lr --clip-coef 0.2 --no-clip-vloss --norm-obs \
-             --checkpoint-frequency 200000
-Expect   10 games after training, actions sampled, mean over seeds 1 to 3 (worst to best), median time on two cores:
-             Pong, in bfloat16       19.6 (19.3 to 19.7)   14 min   18.8 to 19.4 in the last 20 training games
-             in float32, older CPU   19.4 (19.1 to 19.9)   24 min   18.1 to 19.2 in the last 20 training games
-         Breakout, 1M steps, these flags but --anneal-lr --checkpoint-frequency 100000, in float32, seeds 1 and 2:
-             52.4 (50.8 to 54.0) in 42 and 63 min, on CPUs without bfloat16
+         python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 600000 --num-envs 32 \
+             --num-minibatches 8 --update-epochs 3 --learning-rate 5e-4 --no-anneal-lr \
+             --clip-coef 0.2 --no-clip-vloss --norm-obs
+Expect   10 games after training, actions sampled, mean over seeds 1 to 3 (worst to best seed),
+         median time on two cores:
+             Pong, in bfloat16       19.6 (19.3 to 19.7)   14 min
+             in float32, older CPU   19.4 (19.1 to 19.9)   24 min
+         Breakout, 1M steps, these flags but --anneal-lr, in float32, seeds 1 and 2:
+             52.4 (50.8 to 54.0)     42 and 63 min, on CPUs without bfloat16
 """
 
+import contextlib
+import inspect
+import json
 import math
 import os
+import re
+import shlex
+import signal
 import sys
+import threading
 import time
-from argparse import ArgumentParser
+import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 gym.register_envs(ale_py)
@@ -67,170 +80,92 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 SCRIPT = "ppo_atari"  # named in checkpoints and messages
 STACK = 4  # frames of an observation
-MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
-RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
+
+# Types of arguments, with the least and the largest value allowed.
+Steps = Annotated[int, 1, 10**12]
+Frequency = Annotated[int, 0, 10**12]  # steps from one time to the next; 0: never
+Count = Annotated[int, 1, 10**6]
+Few = Annotated[int, 1, 4096]
+Share = Annotated[float, 0, 1]
+Positive = Annotated[float, 1e-30, 1e30]
+Weight = Annotated[float, 0, 1e30]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "ALE/Breakout-v5"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
-    seed: int = 1  # of all that is random in the run
-    total_timesteps: int = 10_000_000  # environment steps to train for, at least
+    env_id: str = "ALE/Breakout-v5"  # Gymnasium environment, or my_module:MyEnv-v0
+    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of everything random in the run
+    total_timesteps: Steps = 10_000_000  # environment steps to train for, at least
+    num_envs: Few = 8  # environments stepped side by side (N)
 
-    learning_rate: float = 2.5e-4  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end of the run
-    num_envs: int = 8  # environments that are stepped side by side (N)
-    num_steps: int = 128  # steps in each environment for one rollout (T)
-    gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # how far an advantage looks before it trusts V (lambda); 0: one reward; 1: all to come
-    num_minibatches: int = 4  # parts of a rollout, one gradient step for each
-    update_epochs: int = 4  # times that a rollout is learned from
-    norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
-    clip_coef: float = 0.1  # how far the ratio of new to old probability may move from 1 and still pay (epsilon)
-    clip_vloss: bool = True  # the value loss, too, rewards no change of V beyond clip-coef
-    ent_coef: float = 0.01  # weight of the entropy in the loss
-    vf_coef: float = 0.5  # weight of the value loss in the loss
-    max_grad_norm: float = 0.5  # longer gradients are cut to this length
-    target_kl: float | None = None  # learn no more from a rollout once an epoch's KL, taken before its steps, is larger
-    norm_obs: bool = False  # shift and scale observations to mean 0 and standard deviation 1
-    sticky_actions: float = 0.0  # probability that the emulator repeats its last action; Gymnasium's default is 0.25
+    learning_rate: Positive = 2.5e-4  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
+    num_steps: Count = 128  # steps of each environment in a rollout (T)
+    gamma: Share = 0.99  # discount factor
+    gae_lambda: Share = 0.95  # from 0, the one-step advantage, to 1, the Monte Carlo one (lambda)
+    num_minibatches: Count = 4  # minibatches of a rollout, each for one gradient step
+    update_epochs: Count = 4  # epochs over a rollout
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: Positive = 0.1  # distance of the ratio from 1 at which it is clipped (epsilon)
+    clip_vloss: bool = True  # clip the change of V, too, by clip-coef
+    ent_coef: Weight = 0.01  # weight of the entropy in the loss
+    vf_coef: Weight = 0.5  # weight of the value loss in the loss
+    max_grad_norm: Positive = 0.5  # gradients are clipped to this norm
+    norm_obs: bool = False  # normalise observations by their running mean and standard deviation
+    sticky_actions: Share = 0.0  # probability that the emulator repeats the last action
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of hidden layers; auto: the fast one
+    compile: bool = False  # compile the networks, for a GPU
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of hidden layers; auto: bfloat16 on CPUs made for it
-    compile: bool = False  # compile the networks; for a GPU
-    num_threads: int = 0  # CPU threads of PyTorch; 0: its own choice, usually one per core
-
-    exp_name: str = SCRIPT  # part of the run folder's name
-    runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks; cuda (if any) for pixels
-    checkpoint_frequency: int = 100_000  # steps between checkpoints; 0: only at the start and the end
-    resume: RunDir = None  # go on with this run from its last checkpoint
-    evaluate: RunDir = None  # play this run's policy, do not train
-    eval_episodes: int = 10  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
+    exp_name: str = SCRIPT  # part of the name of the run's folder
+    runs_dir: str = "runs"  # where the folders of runs are
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
+    num_threads: Annotated[int, 0, 1024] = 0  # CPU threads of PyTorch; 0: one per core
+    checkpoint_frequency: Frequency = 100_000  # steps between checkpoints; 0: only first and last
+    eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
+    eval_episodes: Count = 10  # episodes of one evaluation
+    capture_video: bool = False  # draw the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to go on with; other flags replace that run's
+    evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) not in (str, int, float, bool, type(None)):  # a checkpoint could not be read again
-                raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
-        for name in (
-            "total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda", "sticky_actions"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
-        for name in ("checkpoint_frequency", "num_threads", "ent_coef", "vf_coef"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
-        for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
-        if self.num_steps // 2 * self.num_envs < 2 * self.num_minibatches:  # half of the steps may be resets
-            raise ValueError("--num-minibatches must leave 2 steps for each, even if half of the --num-envs times "
-                             "--num-steps are resets")  # fmt: skip
-        if self.resume is not None and self.evaluate is not None:
-            raise ValueError("--resume and --evaluate exclude each other")
+        check(self)
+        if self.num_steps * self.num_envs < 2 * self.num_minibatches:  # one has no deviation
+            raise ValueError("--num-minibatches leaves fewer than 2 steps for a minibatch")
 
 
-# Arguments that do not change what is learned, apart from rounding. --checkpoint-frequency does: it cuts games.
-HOUSEKEEPING = {
-    "exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video", "compile", "num_threads",
-}  # fmt: skip
+# ---- Environment and network ---------------------------------------------------------------------
 
 
-# ---- Environment and network ----------------------------------------------------------------------------------------
+def make_games(args: Args, num_envs: int, **picture: int) -> gym.vector.VectorEnv:
+    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last, 0 at first.
 
-
-def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last; 0 for those before the game.
-
-    The emulators run in native code, in threads of their own [D1]: `send` gives them their actions, `recv` waits for
-    what came of them, in new arrays. They wait for a random time at a game's start, by no-ops [A1], press FIRE where a
-    game begins only then [A4], repeat each action for four frames, take the brighter of the last two for each pixel
-    [A2], in grey, shrink that to 84 x 84 [A5], and stack it [A7]. With life_loss_info [A3], `terminated` is True when a
-    life is lost, too, and the game goes on. When it is over, the next step ignores its action and begins a new one.
-    """
-    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
-    try:
-        if args.env_id.startswith("ALE/"):
-            return gym.make_vec(
-                args.env_id, num_envs, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
-                repeat_action_probability=args.sticky_actions,
-            )  # fmt: skip
-        envs = OwnEnvs(lambda: gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", wrappers=[limit]))
-    except (gym.error.Error, ImportError, ValueError) as error:
-        meant = f"; the game is ALE/{args.env_id}" if f"ALE/{args.env_id}" in gym.registry else ""
-        fail(f"cannot make the environment {args.env_id!r}: {error}{meant}")
-    if args.sticky_actions:
-        fail(f"--sticky-actions is for the emulator's games; {args.env_id} is none")
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    frames = isinstance(obs_space, gym.spaces.Box) and obs_space.shape == (STACK, 84, 84)
-    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
-    if not (frames and obs_space.dtype == np.uint8 and discrete):
-        fail(f"needs a game such as ALE/Breakout-v5, or observations Box(0, 255, (4, 84, 84), uint8), the newest frame "
-             f"last, 0 before a start, and actions Discrete(n); {args.env_id} has {obs_space} and "
-             f"{action_space}")  # fmt: skip
-    return envs
-
-
-def make_camera(args: Args) -> gym.vector.VectorEnv | None:
-    """One more game that shows the screen in colour, (1, 1, 210, 160, 3); None if the environment is no emulator.
-
-    From the same seed, by the same actions, it plays the same game.
+    The emulators begin a game by FIRE where it needs that, then by up to 30 no-ops, repeat each
+    action for four frames, take the brighter of the last two for each pixel, in grey, and shrink
+    that to 84 x 84.
     """
     if not args.env_id.startswith("ALE/"):
-        return None
-    return gym.make_vec(
-        args.env_id, 1, autoreset_mode="NextStep", life_loss_info=True, reward_clipping=False,
-        repeat_action_probability=args.sticky_actions, grayscale=False, stack_num=1, img_height=210, img_width=160,
-    )  # fmt: skip
-
-
-def limit(env: gym.Env) -> gym.Env:
-    """The environment with a time limit, if it has none."""
-    return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-
-
-class OwnEnvs(gym.vector.VectorWrapper):
-    """Gives your own environments what the emulators have: `send`, `recv`, and a frame number, 0 in a new game."""
-
-    def __init__(self, make):
-        super().__init__(make())
-        self.make = make
-
-    def reset(self, **keywords):
-        self.env = self.make()  # a new one: some remember more than `reset` clears
-        obs, info = self.env.reset(**keywords | {"seed": [int(seed) for seed in keywords["seed"]]})
-        self.ended, self.frame_numbers = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, int)
-        return obs, info | {"episode_frame_number": self.frame_numbers}
-
-    def send(self, actions):
-        self.actions = actions
-
-    def recv(self):
-        obs, rewards, terminated, truncated, info = self.env.step(self.actions)
-        self.frame_numbers = np.where(self.ended, 0, self.frame_numbers + 1)
-        self.ended = terminated | truncated
-        return obs, rewards, terminated, truncated, info | {"episode_frame_number": self.frame_numbers}
-
-
-TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
-
-
-def env_seeds(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
-    """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
-
-    So a resumed run plays the same games as one that never stopped. The emulators want 31 bits.
-    """
-    return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).astype(np.int64) & 0x7FFFFFFF
+        if args.sticky_actions:
+            raise UsageError(f"--sticky-actions is for the emulator; {args.env_id} has none")
+        games = OwnGames(args, num_envs)
+    else:
+        with refusing(f"cannot make the game {args.env_id!r}", gym.error.Error, ImportError):
+            games = gym.make_vec(
+                args.env_id, num_envs, autoreset_mode="SameStep", reward_clipping=False,
+                repeat_action_probability=args.sticky_actions, **picture,
+            )  # fmt: skip
+    obs_space, action_space = games.single_observation_space, games.single_action_space
+    frames = isinstance(obs_space, gym.spaces.Box) and obs_space.dtype == np.uint8
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    if not (frames and discrete and action_space.n <= 256 and (picture or obs_space.shape == (STACK, 84, 84))):
+        raise UsageError("needs a game such as ALE/Breakout-v5, or observations Box(0, 255, (4, 84, 84), "
+                         "uint8), the newest frame last, and up to 256 Discrete actions; "
+                         f"{args.env_id} has {obs_space} and {action_space}")  # fmt: skip
+    return games
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all rows that it was shown. Being buffers, they are saved and loaded with the network."""
+    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -240,17 +175,17 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Takes in (B, size) more rows: Chan et al. (1979), "Updating formulae", equations 2.1."""
+        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
         total = self.count + len(rows)
         difference = rows.mean(0) - self.mean
         squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference.square() * self.count * len(rows) / total) / total)
+        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
         self.mean += difference * len(rows) / total
         self.count.copy_(total)
 
 
 class Agent(nn.Module):
-    """pi(a|s) and V(s), on top of one network: three convolutions and a linear layer, as in Mnih et al. (2015) [A8]."""
+    """pi(a|s) and V(s) on top of the convolutions of Mnih et al. (2015)."""
 
     def __init__(self, num_actions: int, bfloat16: bool, norm_obs: bool) -> None:
         super().__init__()
@@ -263,69 +198,75 @@ class Agent(nn.Module):
             nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
         )  # fmt: skip
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
-        gains = {self.actor: 0.01, self.critic: 1.0}  # the first policy plays all actions nearly alike
+        gains = {self.actor: 0.01, self.critic: 1.0}  # makes the first policy nearly uniform
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))  # [D2]
+                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                 nn.init.zeros_(layer.bias)
-        self.to(memory_format=torch.channels_last)  # the faster order in memory: the 4 frames of a pixel side by side
+        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (B, 4, 84, 84) of uint8 -> logits of pi(.|s) (B, K) and V(s) (B,), both in float32."""
+        """Frames (B, 4, 84, 84) of uint8 -> logits of pi(.|s) (B, K) and V(s) (B,)."""
+        pixels = self.normalize(obs)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            features = self.features(pixels)
+        features = features.float()  # the 2 digits of bfloat16 are too few for a ratio
+        return self.actor(features), self.critic(features).squeeze(1)
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Frames (B, 4, 84, 84) of uint8 -> what the convolutions see, in their precision."""
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
         pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype)
         if self.obs_statistics is None:
-            pixels /= 255  # [A9] from 0 to 1
-        else:  # what never changes is 0, what rarely changes stands out
-            mean, variance = (
-                statistic.view(84, 84).expand(1, STACK, 84, 84).contiguous(memory_format=torch.channels_last)
-                for statistic in (self.obs_statistics.mean, self.obs_statistics.variance)
-            )
-            pixels.sub_(mean.to(dtype)).div_((variance + 1e-8).sqrt().to(dtype)).clamp_(-10, 10)
-        with torch.autocast(obs.device.type, dtype, enabled=self.bfloat16):
-            features = self.features(pixels)
-        features = features.float()  # bfloat16 has 2 digits, too few for a ratio of probabilities
-        return self.actor(features), self.critic(features).squeeze(1)
+            return pixels.div_(255)
+        statistics = self.obs_statistics.mean, (self.obs_statistics.variance + 1e-8).sqrt()
+        mean, deviation = (
+            values.to(dtype).view(84, 84).expand(1, STACK, 84, 84)
+            .contiguous(memory_format=torch.channels_last) for values in statistics
+        )  # fmt: skip
+        return pixels.sub_(mean).div_(deviation).clamp_(-10, 10)
 
 
-def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Agent:
-    """An agent that fits the environments; auto: bfloat16 where the CPU has instructions for it, else float32."""
-    has_bfloat16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and has_bfloat16)
-    agent = Agent(int(envs.single_action_space.n), bfloat16, args.norm_obs).to(device)
+def use_bfloat16(args: Args) -> bool:
+    """auto: where the CPU has instructions for it."""
+    has_it = args.device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return args.precision == "bfloat16" or (args.precision == "auto" and has_it)
+
+
+def make_network(args: Args, envs: "Envs") -> Agent:
+    """An agent for these games."""
+    agent = Agent(int(envs.action_space.n), use_bfloat16(args), args.norm_obs)
     if args.compile:
         agent.compile()
     return agent
 
 
-# ---- The algorithm --------------------------------------------------------------------------------------------------
+# ---- The algorithm -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def act(agent: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples actions from pi(.|s): observations (N, ...) -> actions, log pi(a|s), V(s), each (N,), on the CPU."""
+def act(agent: nn.Module, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples actions: observations (N, ...) -> actions, log pi(a|s), V(s), each (N,)."""
+    obs = torch.from_numpy(obs).to(next(agent.parameters()).device)
     logits, values = (output.cpu() for output in agent(obs))
-    if not math.isfinite(logits.sum()):
-        raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
-    noise = torch.empty_like(logits).exponential_().log()
-    actions = (logits - noise).argmax(-1)  # Gumbel's trick: a sample of softmax(logits), faster than multinomial()
-    return actions, log_prob_and_entropy(logits, actions)[0], values
+    actions = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+    return actions.numpy(), log_prob_and_entropy(logits, actions)[0].numpy(), values.numpy()
 
 
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., K), (...) -> (...), (...)."""
+    """log pi(a|s) and the entropy of pi(.|s), in nats: (..., K), (...) -> (...), (...)."""
     log_pi = logits.log_softmax(-1)
-    return log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+    return log_pi.gather(-1, actions[..., None]).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
 
 
 def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
-    gae_lambda: float,
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, gae_lambda: float,
 ) -> Tensor:  # fmt: skip
-    """Generalised advantage estimation (2016, equation 16) [D5]: five of (T, N) -> advantages (T, N).
+    """Generalised advantage estimation (2016, equation 16): five of (T, N) -> (T, N).
 
-    Where an episode terminated, nothing follows, and V(s_{t+1}) counts as 0. Where it was truncated, by a time limit,
-    V(s_{t+1}) stands for what would have followed. The sum over later steps stops at either, and after row T-1.
+    Where an episode terminated, V(s_{t+1}) counts as 0; where a time limit truncated it, V(s_{t+1})
+    bootstraps. The recursion stops at either, and after the last row.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -336,19 +277,21 @@ def gae(
 
 
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A) (2017, equation 7) [D8]: (B,), (B,) -> scalar.
+    """-mean of min(ratio * A, clip(ratio) * A) (2017, equation 7): (B,), (B,) -> scalar.
 
-    Where the ratio has gone beyond the clip in the direction that A asks for, the gradient is 0. Where it has gone
-    beyond in the wrong direction, the gradient remains, so that mistakes are taken back.
+    The gradient is 0 where the ratio is clipped and has moved as A asks for. Where it has moved
+    the other way, the minimum is the unclipped term, and the gradient brings it back.
     """
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None
+) -> Tensor:
     """mean of (V - return)^2 / 2: three of (B,) -> scalar.
 
-    With a clip [D9], the error is also computed for V held within the clip of V_old, and the larger of the two counts.
-    It is not in the paper. Engstrom et al. (2020), "Implementation matters in deep RL", found no sign that it helps.
+    With a clip, which is not in the paper, V may move by clip_coef from V_old, and the larger of
+    both errors counts.
     """
     errors = (values - returns).square()
     if clip_coef is not None:
@@ -360,382 +303,685 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
 class Batch(NamedTuple):
     """Steps of a rollout, B in a minibatch. Row b of each:"""
 
-    obs: Tensor  # what the environment showed, not normalised, (B, 4, 84, 84)
-    actions: Tensor  # what was done then, (B,)
+    obs: Tensor  # observation, (B, 4, 84, 84)
+    actions: Tensor  # action, (B,)
     log_probs: Tensor  # log pi_old(a|s), (B,)
     values: Tensor  # V_old(s), (B,)
-    advantages: Tensor  # A_t, (B,)
-    returns: Tensor  # A_t + V_old(s): what V(s) should have been, (B,)
+    advantages: Tensor  # A, (B,)
+    returns: Tensor  # A + V_old(s), the target of V(s), (B,)
 
 
-def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """One gradient step on the B steps of a minibatch [D6] -> metrics, scalars."""
+def update(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """One gradient step on the B steps of a minibatch -> metrics."""
     logits, values = agent(batch.obs)
     log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
     log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # [D7] not in the paper
-    loss_pi = clipped_policy_loss(ratio, advantages, args.clip_coef)
-    loss_v = value_loss(values, batch.values, batch.returns, args.clip_coef if args.clip_vloss else None)
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy_loss = clipped_policy_loss(ratio, advantages, args.clip_coef)
+    clip = args.clip_coef if args.clip_vloss else None
+    value_loss = clipped_value_loss(values, batch.values, batch.returns, clip)
     entropy = entropies.mean()
-    loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # 2017, equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11] all as one vector
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    with torch.no_grad():  # [D12] what to watch
+    with torch.no_grad():
         return {
-            "losses/policy_loss": loss_pi.detach(),
-            "losses/value_loss": loss_v.detach(),
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
             "losses/entropy": entropy.detach(),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old || pi): joschu.net/blog/kl-approx.html
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
 
 
-def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """All gradient steps on a rollout: update-epochs times over it -> the means of the minibatches' metrics."""
+def newest_frames(obs: Tensor) -> Tensor:
+    """Observations (..., 4, 84, 84) of uint8 -> (B, 84 * 84): what the statistics are about."""
+    return obs[..., -1, :, :].reshape(-1, 84 * 84).float()
+
+
+def learn(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """All epochs over a rollout -> the means of the minibatches' metrics."""
     metrics = []
     for _ in range(args.update_epochs):
-        for chosen in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
-            metrics.append(update(agent, optimizer, Batch(*(part[chosen] for part in batch)), args))
-        if args.target_kl is not None:
-            epoch_kl = sum(minibatch["losses/approx_kl"] for minibatch in metrics[-args.num_minibatches :])
-            if epoch_kl / args.num_minibatches > args.target_kl:
-                break
-    means = {tag: torch.stack([minibatch[tag] for minibatch in metrics]).mean() for tag in metrics[0]}
-    if not all(value.isfinite() for value in means.values()):
-        raise FloatingPointError("the losses are no longer finite")
-    return means
-
-
-def newest_frames(obs: Tensor) -> Tensor:
-    """Observations (B, 4, 84, 84) of uint8 -> their newest frames (B, 84 * 84), of which the statistics are kept."""
-    return obs[:, -1].flatten(1).float()
+        shuffled = torch.randperm(len(batch.obs)).to(batch.obs.device)
+        for rows in shuffled.tensor_split(args.num_minibatches):
+            metrics.append(update(agent, optimizer, Batch(*(part[rows] for part in batch)), args))
+    return {tag: torch.stack([step[tag] for step in metrics]).mean() for tag in metrics[0]}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1: V foresaw the returns, but for a constant; 0: no better than their mean. (B,), (B,) -> scalar [D12]."""
+    """1 where V predicts the returns, 0 where it is no better than a constant: (B,), (B,)."""
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
 
 
-def is_due(step: int, count: int, frequency: int) -> bool:
-    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
-    return frequency > 0 and step % frequency < count
+# ---- Training and evaluation ---------------------------------------------------------------------
 
 
-# ---- Memory ---------------------------------------------------------------------------------------------------------
-
-
-class Rollout:
-    """T steps of N environments. Of each, in row t: what was seen, done and thought, and what came of it."""
-
-    def __init__(self, num_steps: int, num_envs: int) -> None:
-        self.obs = torch.zeros(num_steps, num_envs, STACK, 84, 84, dtype=torch.uint8)
-        self.actions = torch.zeros(num_steps, num_envs, dtype=torch.int64)
-        self.log_probs, self.values, self.rewards = torch.zeros(3, num_steps, num_envs)
-        self.terminated, self.truncated, self.valid = torch.zeros(3, num_steps, num_envs, dtype=torch.bool)
-
-    def add_choice(self, t: int, obs: np.ndarray, actions: Tensor, log_probs: Tensor, values: Tensor) -> None:
-        """Observations (N, 4, 84, 84), and what the agent made of them: three of (N,)."""
-        self.obs[t] = torch.from_numpy(obs)
-        self.actions[t], self.log_probs[t], self.values[t] = actions, log_probs, values
-
-    def add_outcome(
-        self, t: int, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, valid: np.ndarray
-    ) -> None:
-        """What the environments answered: four of (N,). `valid` is False where the action was ignored."""
-        rewards = np.sign(rewards)  # [A6]
-        for column, values in zip(
-            (self.rewards, self.terminated, self.truncated, self.valid), (rewards, terminated, truncated, valid)
-        ):
-            column[t] = torch.from_numpy(values)
-
-    def batch(self, last_values: Tensor, gamma: float, gae_lambda: float) -> Batch:
-        """All the valid steps, with the advantages of their actions; last_values (N,) are V of what is seen now.
-
-        After a game's last step, the environment shows its last observation; the step after that ignores its action,
-        shows the first observation of a new game, and is not valid. So the next row's value is V(s_{t+1}) of every
-        valid row t, at a game's end, too. (The loss of a life ends an episode without such a step.)
-        """
-        next_values = torch.cat([self.values[1:], last_values[None]])
-        advantages = gae(self.rewards, self.values, next_values, self.terminated, self.truncated, gamma, gae_lambda)
-        parts = self.obs, self.actions, self.log_probs, self.values, advantages, advantages + self.values
-        return Batch(*(part[self.valid] for part in parts))
-
-
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def train(args: Args) -> Path:
-    """Trains an agent, from the start or from the checkpoint in args.resume, and returns the run's folder."""
-    device = pick_device(args)
+def train(args: Args) -> "Result":
+    """Trains an agent, from the start or from the checkpoint in args.resume."""
     torch.manual_seed(args.seed)
-    num_envs, num_steps = args.num_envs, args.num_steps
-    envs = make_envs(args, num_envs)
-    agent = make_agent(args, envs, device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not 1e-8
-    rollout = Rollout(num_steps, num_envs)
-    parts, global_step = {"agent": agent, "optimizer": optimizer}, 0
-    if args.resume is not None:
-        state = load_checkpoint(args.resume, args, **parts)
-        global_step = state["global_step"]
-        torch.set_rng_state(state["random_state"])
-    run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
-    print(f"Training in {run_dir}", flush=True)
-    writer = open_log(run_dir, args, global_step)
+    device = torch.device(args.device)
+    envs = Envs(args, args.num_envs, TRAINING)
+    agent = make_network(args, envs).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
-    def save() -> None:
-        writer.flush()  # the event file must not lag behind the checkpoint
-        save_checkpoint(run_dir, args, parts, global_step=global_step)
+    rows = args.num_steps, args.num_envs
+    with refusing("--num-steps times --num-envs do not fit into memory", MemoryError):
+        obs = np.zeros((*rows, STACK, 84, 84), dtype=np.uint8)
+    log_probs, values, final_values, rewards = np.zeros((4, *rows), dtype=np.float32)
+    actions, (terminated, truncated) = np.zeros(rows, dtype=int), np.zeros((2, *rows), dtype=bool)
+    with Run(args, envs, agent, optimizer=optimizer) as run:
+        if args.norm_obs and envs.steps == 0:  # a first idea of what there is to see
+            agent.obs_statistics.update(newest_frames(torch.from_numpy(envs.obs)).to(device))
+        while run.goes_on():
+            if args.anneal_lr:
+                remaining = 1 - envs.steps / args.total_timesteps
+                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-    first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
-    save()  # from here on there is something to resume
-    try:
-        with progress_bar(global_step, args.total_timesteps) as bar:
-            while global_step < args.total_timesteps:
-                if obs is None:  # at the start and after each checkpoint: new games, given by seed and step alone
-                    obs, info = envs.reset(seed=env_seeds(args.seed, (TRAINING, global_step), num_envs))
-                    frame_numbers = info["episode_frame_number"]
-                    scores, lengths = np.zeros((2, num_envs), dtype=np.int64)
-                    if args.norm_obs and global_step == 0:  # before the first rollout, a first idea of the game
-                        agent.obs_statistics.update(newest_frames(torch.from_numpy(obs)).to(device))
-                if args.anneal_lr:  # [D4] once a rollout
-                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+            # Act: T steps of every game.
+            for t in range(args.num_steps):
+                actions[t], log_probs[t], values[t] = act(agent, envs.obs)
+                envs.send(actions[t].copy())
+                obs[t] = envs.obs  # while the emulators step
+                next_obs, reward, terminated[t], truncated[t] = envs.recv()
+                rewards[t] = np.sign(reward)
+                if truncated[t].any():
+                    _, _, final_values[t] = act(agent, next_obs)
 
-                # Act: T steps in every environment. The step after a game's end ignores its action and begins a new
-                # game, so it is not learned from. It shows in a frame number that falls. The old game is logged now,
-                # unless a checkpoint came between.
-                for t in range(num_steps):
-                    actions, log_probs, values = act(agent, torch.from_numpy(obs).to(device))
-                    envs.send(actions.numpy())
-                    rollout.add_choice(t, obs, actions, log_probs, values)  # while the emulators step
-                    obs, rewards, terminated, truncated, info = envs.recv()
-                    new_game = info["episode_frame_number"] < frame_numbers
-                    rollout.add_outcome(t, rewards, terminated, truncated, ~new_game)
-                    global_step, frame_numbers = global_step + num_envs, info["episode_frame_number"]
-                    for i in np.flatnonzero(new_game):
-                        recent.append(scores[i])
-                        writer.add_scalar("charts/episodic_return", scores[i], global_step - num_envs + 1 + i)
-                        writer.add_scalar("charts/episodic_length", lengths[i], global_step - num_envs + 1 + i)
-                    scores, lengths = np.where(new_game, 0, [scores + rewards, lengths + 1])
+            # Learn.
+            _, _, last_values = act(agent, envs.obs)
+            next_values = np.concatenate([values[1:], last_values[None]])
+            next_values = np.where(truncated, final_values, next_values)
+            columns = map(torch.from_numpy, (rewards, values, next_values, terminated, truncated))
+            advantages = gae(*columns, args.gamma, args.gae_lambda).numpy()
+            columns = obs, actions, log_probs, values, advantages, advantages + values
+            batch = Batch(*(torch.from_numpy(c).flatten(0, 1).to(device) for c in columns))
+            metrics = learn(agent, optimizer, batch, args)
+            if args.norm_obs:  # only now: pi and pi_old must see the same
+                agent.obs_statistics.update(newest_frames(batch.obs))
 
-                # Learn.
-                _, _, last_values = act(agent, torch.from_numpy(obs).to(device))
-                batch = Batch(*(part.to(device) for part in rollout.batch(last_values, args.gamma, args.gae_lambda)))
-                metrics = learn(agent, optimizer, batch, args)
-                if args.norm_obs:  # only now: pi and pi_old must see observations that are normalised alike
-                    agent.obs_statistics.update(newest_frames(batch.obs))
-
-                # Log, save.
-                scalars = {
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                    "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),
-                    "losses/explained_variance": explained_variance(batch.values, batch.returns),
-                }
-                for tag, value in (scalars | metrics).items():
-                    writer.add_scalar(tag, value, global_step)
-                if recent:
-                    bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
-                bar.update(min(global_step, args.total_timesteps) - bar.n)
-                due = is_due(global_step, num_steps * num_envs, args.checkpoint_frequency)
-                if due or global_step >= args.total_timesteps:
-                    save()
-                    obs = None  # new games, as in a resumed run, so that both go on alike
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        stop(error, global_step, run_dir)
-
-    log_evaluation(writer, args, run_dir, global_step, *evaluate(args, agent, run_dir))
-    print(run_dir)
-    return run_dir
+            # Log, evaluate, save.
+            metrics["losses/explained_variance"] = explained_variance(batch.values, batch.returns)
+            run.log(metrics | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
+            if run.is_due(args.eval_frequency):
+                run.evaluate()
+            if run.is_due(args.checkpoint_frequency):
+                run.save()
+        return run.finish()
 
 
-def evaluate(args: Args, agent: Agent, run_dir: Path) -> tuple[float, float]:
-    """Plays args.eval_episodes whole games side by side, prints how it went, returns mean score and length.
+def play(args: Args, agent: Agent, obs: np.ndarray) -> np.ndarray:
+    """How the trained policy is evaluated: observations (N, 4, 84, 84) -> actions (N,).
 
-    Actions are sampled as in training: by the most probable ones, a game can go in circles.
+    They are sampled: with the most probable ones, a game can go in circles.
     """
-    torch.manual_seed(args.seed)  # of the random actions
-    count, device = args.eval_episodes, next(agent.parameters()).device
-    envs, seeds = make_envs(args, count), env_seeds(args.seed, (EVALUATION,), count)
-    obs, info = envs.reset(seed=seeds)
-    if args.capture_video:
-        camera = make_camera(args)
-        pictures = [camera.reset(seed=seeds[:1])[0]] if camera else [obs[:1].copy()]
-    scores, lengths, playing = np.zeros(count), np.zeros(count), np.ones(count, dtype=bool)
-    while playing.any():
-        frame_numbers = info["episode_frame_number"]
-        actions = act(agent, torch.from_numpy(obs).to(device))[0].numpy()
-        envs.send(actions)
-        obs, rewards, _, _, info = envs.recv()
-        playing &= info["episode_frame_number"] > frame_numbers  # each environment plays one game
-        scores, lengths = scores + rewards * playing, lengths + playing
-        if args.capture_video and playing[0] and len(pictures) < MAX_FRAMES:
-            pictures.append(camera.step(actions[:1])[0] if camera else obs[:1].copy())
-    print(f"Evaluation: return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {count} episodes, sampled")
-    if args.capture_video:
-        path, milliseconds = run_dir / "episode.gif", 2 * 1000 / 15  # of every second frame, to halve the file
-        size = (320, 420) if camera else (336, 336)
-        pictures = [Image.fromarray(frames[0, -1]).resize(size, Image.Resampling.NEAREST) for frames in pictures[::2]]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
-        print(f"Animated picture: {path}")
-    return float(np.mean(scores)), float(np.mean(lengths))
+    return act(agent, obs)[0]
 
 
-# ---- Runs, checkpoints, command line --------------------------------------------------------------------------------
+def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
+    """Plays args.eval_episodes whole episodes: their mean return and length.
+
+    It has environments of its own and leaves the random numbers of the training alone. The first
+    episode is drawn into the file `gif`, if there is one.
+    """
+    num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
+    quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
+    envs = Envs(args, num_envs, EVALUATION, draw=gif is not None)
+    with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        envs.reset()
+        while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
+            if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
+                frames.append(envs.render())
+                if len(frames) > MAX_FRAMES:  # from now on every fourth frame, every eighth ...
+                    frames, stride = frames[::2], 2 * stride
+            envs.step(play(args, network, envs.obs[which]), which)
+    if gif is not None:
+        images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
+        with refusing(f"cannot write {gif}", OSError):
+            images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
+                           loop=0)  # fmt: skip
+    _, returns, lengths = np.array(envs.finished).T
+    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+    return float(returns.mean()), float(lengths.mean())
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr."""
-    print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
+# ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------
+
+MAX_EPISODE_STEPS = 10_000  # time limit of environments that have none of their own
+MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
+TRAINING, EVALUATION = 0, 1  # streams of seeds
+RESEED_FREQUENCY = 100_000  # steps after which the next game of an environment begins from a seed
 
 
-def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path) -> NoReturn:
-    """Ends a training with one line that says what happened when, and what can be done now."""
-    if isinstance(error, KeyboardInterrupt):
-        fail(f"interrupted at step {step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
-    fail(f"step {step}: {error}. Are the environment's observations and rewards finite? If so, try a lower "
-         f"--learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
+class UsageError(ValueError):
+    """What the user can mend, or has to know. `main` prints it as one line."""
 
 
-def pick_device(args: Args) -> torch.device:
-    """auto: cuda if there is one, else the CPU. Also sets what the last bits of results depend on, such as threads."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(args.device, True):
-        fail(f"--device {args.device}: PyTorch finds no such device on this machine")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    torch.backends.cudnn.deterministic = True
-    return torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
-
-
-def make_run_dir(args: Args) -> Path:
-    """Makes the folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>, which must be new."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+@contextlib.contextmanager
+def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Makes errors of these types a UsageError: of one line, and about `what`."""
     try:
-        run_dir.mkdir(parents=True)
-        return run_dir
-    except FileExistsError:
-        if not run_dir.is_dir():
-            raise
-        time.sleep(1)  # another run began in this second
-        return make_run_dir(args)
+        yield
+    except errors as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UsageError(f"{what}: {cause}") from error
 
 
-def settings(args: Args) -> dict:
-    """All arguments but --resume and --evaluate, which are this call's alone."""
-    return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
+class Result(NamedTuple):
+    """What came of a run; also in its result.json. Means are over the episodes of evaluation."""
+
+    folder: str
+    episodic_return: float
+    episodic_length: float
+    steps: int
+    seconds: float  # of training, without pauses
 
 
-def open_log(run_dir: Path, args: Args, step: int) -> SummaryWriter:
-    """TensorBoard's writer, with a table of the arguments. Hides what was logged after the checkpoint of that step."""
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    rows = [f"|{name}|{value}|" for name, value in settings(args).items()]
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
-    return writer
+def check(args: "Args") -> None:
+    """Refuses arguments that have another type than theirs, or are out of bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if type(value) not in (str, int, float, bool, type(None)):
+            raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
+        with refusing(flag, UnicodeError):  # bytes that are not UTF-8 cannot be printed or saved
+            str(value).encode()
+        if hasattr(hint, "__metadata__"):
+            kind, (low, high) = hint.__origin__, hint.__metadata__
+            if not (isinstance(value, int | kind) and low <= value <= high):
+                raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--resume and --evaluate exclude each other")
 
 
-def log_evaluation(
-    writer: SummaryWriter, args: Args, run_dir: Path, step: int, mean_return: float, mean_length: float
-) -> None:
-    """The last points of a run, its picture, and its row in the HPARAMS tab."""
-    writer.add_scalar("eval/episodic_length", mean_length, step)  # add_hparams adds eval/episodic_return
-    if args.capture_video:  # add_image would show a still picture
-        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), step)
-    compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
-    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
-    writer.close()
+def make_gym_env(args: Args, render_mode: str | None) -> gym.Env:
+    """The environment, with a time limit."""
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
+    what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+    with refusing(what, gym.error.Error, ImportError, *errors):
+        if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
+            raise ImportError("this is no name")
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    if render_mode is not None:
+        with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+            env.reset()
+            if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
+                raise ValueError("it does not draw arrays (H, W, 3) of uint8")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    return env
 
 
-def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
+class OwnGames:
+    """Environments of your own with the interface of the emulators."""
+
+    def __init__(self, args: Args, num_envs: int) -> None:
+        self.envs = [make_gym_env(args, None) for _ in range(num_envs)]
+        self.single_observation_space = self.envs[0].observation_space
+        self.single_action_space = self.envs[0].action_space
+        self.obs = np.zeros((num_envs, STACK, 84, 84), np.uint8)
+
+    def reset(self, seed: np.ndarray, options: dict) -> tuple[np.ndarray, dict]:
+        """Begins episodes from these seeds where the mask is True."""
+        for i, env_seed in zip(np.flatnonzero(options["reset_mask"]), seed.tolist()):
+            self.obs[i], _ = self.envs[i].reset(seed=env_seed)
+        return self.obs.copy(), {"lives": np.zeros(len(self.envs), int)}
+
+    def send(self, actions: np.ndarray) -> None:
+        """Takes the actions for `recv`."""
+        self.actions = actions
+
+    def recv(self) -> tuple:
+        """Steps, and begins a new episode where one ended."""
+        terminated, truncated = np.zeros((2, len(self.envs)), bool)
+        rewards, final_obs = np.zeros(len(self.envs)), self.obs.copy()
+        for i, (env, action) in enumerate(zip(self.envs, self.actions)):
+            self.obs[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i], final_obs[i] = np.asarray(reward).item(), self.obs[i]
+            if terminated[i] or truncated[i]:
+                self.obs[i], _ = env.reset()
+        info = {"lives": np.zeros(len(self.envs), int), "final_obs": final_obs}
+        return self.obs.copy(), rewards, terminated, truncated, info
+
+    def close(self) -> None:
+        """Closes all environments."""
+        for env in self.envs:
+            env.close()
 
 
-def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
-    """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
-    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight or a running statistic is no longer finite")
-    states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
-    with open(run_dir / "checkpoint.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+class Envs:
+    """N games, stepped side by side. Where a game ends, the next one begins.
+
+    The emulators run in native code, in threads of their own: `send` hands them the actions, and
+    `recv` waits for what came of them. Their state cannot be saved. But a game that begins from a
+    seed, and the games that follow it, are given by the seed and the actions since. So every
+    environment begins a game from a seed now and then (not each: it takes 0.1 s), a checkpoint
+    holds the actions since, and `reset` replays them.
+    """
+
+    def __init__(self, args: Args, num_envs: int, stream: int, draw: bool = False) -> None:
+        self.envs = [make_games(args, num_envs)]
+        if draw and args.env_id.startswith("ALE/"):  # one more game that shows the first in colour
+            self.envs.append(make_games(args, 1, grayscale=False, stack_num=1, img_height=210,
+                                        img_width=160))  # fmt: skip
+        self.seed, self.stream, self.fps, self.first_action = args.seed, stream, 15, 0
+        self.obs_space = self.envs[0].single_observation_space
+        self.action_space = self.envs[0].single_action_space
+        self.obs = np.zeros((num_envs, STACK, 84, 84), np.uint8)
+        self.steps, self.finished = 0, []  # of all; (step, return, length) of each finished game
+        self.episodes, self.lengths = np.zeros((2, num_envs), int)  # finished ones; of running ones
+        self.returns = np.zeros(num_envs)
+        self.seeds = np.array([self.new_seed(i) for i in range(num_envs)])
+        self.actions = []  # of all environments, (N,) each, since the oldest of these seeds
+        self.since = np.zeros(num_envs, int)  # the number of actions before the seed of each
+
+    def new_seed(self, i: int) -> int:
+        """The seed of an environment's next game, of 31 bits."""
+        key = self.stream, i, int(self.episodes[i])
+        sequence = np.random.SeedSequence(self.seed, spawn_key=key)
+        return int(sequence.generate_state(1)[0]) & 0x7FFFFFFF
+
+    def begin(self, mask: np.ndarray) -> None:
+        """Begins games from their seeds where the mask is True."""
+        options = {"reset_mask": mask}
+        self.obs, info = self.envs[0].reset(seed=self.seeds[mask], options=options)
+        self.lives = info["lives"]
+
+    def reset(self) -> None:
+        """Begins the first games, or those of a checkpoint, up to where they were."""
+        saved = self.obs.copy()
+        if len(self.actions) > 1000:
+            print(f"Replaying {len(self.actions)} steps of {len(saved)} games", flush=True)
+        self.begin(np.ones(len(saved), bool))
+        for camera in self.envs[1:]:
+            self.picture, _ = camera.reset(seed=self.seeds[:1])
+        for t in range(len(self.actions) + 1):
+            if t > 0 and (self.since == t).any():
+                self.begin(self.since == t)
+            if t < len(self.actions):
+                self.envs[0].send(self.actions[t])
+                self.obs, _, _, _, info = self.envs[0].recv()
+                self.lives = info["lives"]
+        if self.steps > 0 and not np.array_equal(saved, self.obs):
+            print("Warning: an episode was not the same when it was repeated. The run goes on, but "
+                  "not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+
+    def send(self, actions: np.ndarray) -> None:
+        """Hands over actions (N,)."""
+        self.actions.append(actions)
+        self.envs[0].send(actions)
+        for camera in self.envs[1:]:
+            self.picture, *_ = camera.step(actions[:1])
+
+    def recv(self, which: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, ...]:
+        """Waits for next_obs (N, 4, 84, 84), rewards, terminated, truncated (N,).
+
+        `terminated` is also True where a life was lost, and the game goes on. Where a game ended,
+        next_obs is its last observation, and self.obs the first one of the next game. Only games
+        of the environments in `which` are counted.
+        """
+        self.obs, rewards, game_over, truncated, info = self.envs[0].recv()
+        if not np.isfinite(rewards).all():
+            raise UsageError("a reward of the environment is not finite")
+        next_obs, ended = self.obs, game_over | truncated
+        if truncated.any():  # only then is the last observation of use
+            next_obs = self.obs.copy()
+            next_obs[truncated] = np.stack(info["final_obs"][truncated])
+        terminated = game_over | ((info["lives"] < self.lives) & ~truncated)
+        self.lives = info["lives"]
+        self.returns += rewards
+        self.lengths += 1
+        for i in np.arange(len(ended))[which]:
+            if ended[i]:
+                outcome = self.returns[i].item(), self.lengths[i].item()
+                self.finished.append((self.steps + 1 + int(i), *outcome))
+        self.steps += len(ended)
+        self.episodes += ended
+        self.returns[ended] = self.lengths[ended] = 0
+        self.reseed(ended & (len(self.actions) - self.since >= RESEED_FREQUENCY // len(ended)))
+        return next_obs, rewards, terminated, truncated
+
+    def reseed(self, mask: np.ndarray) -> None:
+        """Begins new games from new seeds; actions before the oldest seed are forgotten."""
+        if mask.any():
+            self.seeds[mask] = [self.new_seed(i) for i in np.flatnonzero(mask)]
+            self.since[mask] = len(self.actions)
+            self.begin(mask)
+            self.actions = self.actions[self.since.min() :]
+            self.since -= self.since.min()
+
+    def step(self, actions: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Both, by actions (n,) for the environments in `which`; the others do nothing."""
+        everywhere = np.zeros(len(self.obs), int)
+        everywhere[which] = actions
+        self.send(everywhere)
+        return self.recv(which)
+
+    def render(self) -> np.ndarray:
+        """A picture of the first game, (H, W, 3), in colour if it is an emulator's."""
+        if len(self.envs) > 1:
+            return self.picture[0, -1].repeat(2, axis=0).repeat(2, axis=1)
+        return np.stack([self.obs[0, -1].repeat(4, axis=0).repeat(4, axis=1)] * 3, axis=-1)
+
+    def close(self) -> None:
+        """Closes all environments, once."""
+        while self.envs:
+            self.envs.pop().close()
+
+    COLUMNS = "episodes", "lengths", "returns", "seeds", "since", "obs"
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds."""
+        actions = torch.from_numpy(np.array(self.actions, int).reshape(-1, len(self.obs)))
+        columns = {name: torch.from_numpy(getattr(self, name)) for name in self.COLUMNS}
+        return {"steps": self.steps, "actions": actions} | columns
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes that back; then `reset` has to be called."""
+        if state["obs"].shape != self.obs.shape:
+            raise ValueError(f"observations were {tuple(state['obs'].shape)}, {self.obs.shape} now")
+        self.steps, self.actions = int(state["steps"]), list(state["actions"].numpy())
+        for name in self.COLUMNS:
+            setattr(self, name, state[name].numpy())
 
 
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
-    path = Path(run_dir) / "checkpoint.pt"
+class Run:
+    """A training's folder, lock, log, progress bar and checkpoints; closed however it ends."""
+
+    def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
+        self.args, self.envs, self.network = args, envs, network
+        self.parts = {"envs": envs, "network": network} | parts  # what a checkpoint holds
+        self.seconds, self.best_return, self.saved_step = 0.0, -math.inf, -1
+        self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
+        with contextlib.ExitStack() as stack:  # closes what is open if something fails
+            stack.callback(envs.close)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(args.num_threads or os.cpu_count())
+            if args.capture_video:  # what is missing should not come to light after the training
+                Envs(args, 1, EVALUATION, draw=True).close()
+            with refusing("cannot write", OSError):  # for example if another process has the lock
+                new = args.resume is None
+                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
+                stack.enter_context(FileLock(self.folder / "lock", blocking=False))
+            for part in parts.values():
+                if hasattr(part, "open"):  # it keeps files in the folder
+                    part.open(self.folder, args.resume is not None)
+                    stack.callback(part.close)
+            if args.resume is not None:
+                self.load()
+            if self.old_result() is not None:  # nothing is left to do
+                self.stack = stack.pop_all()
+                return
+            envs.reset()
+            self.first_step, self.start = envs.steps, time.perf_counter()
+            rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
+            table = "\n".join(f"|{name}|{value}|" for name, value in rows)
+            with refusing("cannot write the log", OSError):
+                self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+                stack.callback(self.close_log)
+                self.writer.add_text("hyperparameters", table, envs.steps)
+            moves = sys.stderr.isatty() or "ipykernel" in sys.modules  # else: few lines in a log
+            self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
+                            unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
+            stack.callback(self.bar.close)
+            if (threading.current_thread() is threading.main_thread()
+                    and signal.getsignal(signal.SIGINT) is signal.default_int_handler):  # fmt: skip
+                stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGINT, self.interrupt)
+            print(f"Training in {self.folder}", flush=True)
+            if self.saved_step < 0:
+                self.save()  # from here on there is something to resume
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self.stack.close()
+        if error is not None:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+            error.add_note(f"Stopped at step {self.envs.steps}. To go on from the checkpoint of "
+                           f"step {self.saved_step}:\n{command}")  # fmt: skip
+
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C lets the loop end its round and save; once more, and it stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def goes_on(self) -> bool:
+        """Whether there are steps left to train. Saves after Ctrl-C, and stops."""
+        if self.interrupted:
+            self.save()
+            raise KeyboardInterrupt
+        self.round_start = self.envs.steps
+        return self.envs.steps < self.args.total_timesteps
+
+    def is_due(self, frequency: int) -> bool:
+        """Whether this round has passed a multiple of so many steps. `finish` cares for the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        return passed and self.envs.steps < self.args.total_timesteps
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """Writes metrics and the episodes that have ended, moves the bar, looks for NaN."""
+        seconds = time.perf_counter() - self.start
+        metrics = metrics | {"charts/SPS": (self.envs.steps - self.first_step) / seconds}
+        with refusing("cannot write the log", OSError):
+            for step, episodic_return, length in self.envs.finished:
+                self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+                self.writer.add_scalar("charts/episodic_length", length, step)
+                self.recent.append(episodic_return)
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, float(value), self.envs.steps)
+        self.envs.finished.clear()
+        if self.recent:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent):.1f}", refresh=False)
+        self.bar.update(min(self.envs.steps, self.args.total_timesteps) - self.bar.n)
+        numbers = [*metrics.values(), *(w.sum() for w in self.network.state_dict().values())]
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError("a loss or a weight is not finite: try a lower --learning-rate")
+
+    def save(self) -> None:
+        """Writes a checkpoint. It changes nothing in the run, so this may happen at any step."""
+        self.log({})
+        with refusing("cannot write the log", OSError):
+            self.writer.flush()  # the log must not lag behind the checkpoint
+        seconds = self.seconds + time.perf_counter() - self.start
+        state = {"seconds": seconds, "random_state": torch.get_rng_state()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
+        self.saved_step = self.envs.steps
+
+    def load(self) -> None:
+        """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
+        state = read_checkpoint(self.args.resume)
+        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+            self.seconds = float(state["seconds"])
+            torch.set_rng_state(state["random_state"])
+            for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    state[name]["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(state[name])
+        self.saved_step = self.envs.steps
+        if (self.folder / "best.pt").exists():
+            self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
+
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        """Evaluates, logs the means, and keeps the best network so far in best.pt."""
+        mean, length = evaluate(self.args, self.network, gif)
+        self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
+        if mean > self.best_return:
+            self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
+            write_checkpoint(self.folder / "best.pt", self.args, state)
+        return mean, length
+
+    def old_result(self) -> Result | None:
+        """The result of a run that had ended before it was resumed, and has no steps left."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            result = Result(**json.loads((self.folder / "result.json").read_text()))
+            if result.steps == self.envs.steps >= self.args.total_timesteps:
+                return result._replace(folder=str(self.folder))
+        return None
+
+    def finish(self) -> Result:
+        """Saves, evaluates, and writes result.json and the last points of the log."""
+        if (old := self.old_result()) is not None:
+            print("This run has ended. To train it further, give a larger --total-timesteps.")
+            return old
+        self.save()
+        seconds = self.seconds + time.perf_counter() - self.start
+        self.envs.close()
+        gif = self.folder / "episode.gif" if self.args.capture_video else None
+        mean, length = self.evaluate(gif)
+        # The tab HPARAMS: first which script it was, and its result.
+        row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
+        row = {name: value for name, value in row.items() if value is not None}
+        summaries = list(hparams(row, {"eval/episodic_return": mean}))
+        result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
+        with refusing("cannot write the result", OSError):
+            if gif is not None:  # add_image would show a still picture
+                image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+                summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, self.envs.steps)
+            self.writer.flush()
+            (self.folder / "result.json").write_text(json.dumps(result._asdict()))
+        return result
+
+    def close_log(self) -> None:
+        """On a full disk, this fails once more: that is no news."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
+
+
+def make_folder(args: Args) -> Path:
+    """A new folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_checkpoint(path: Path, args: Args, state: dict) -> None:
+    """Writes a new file, then renames it: whenever the process dies, old or new one is whole."""
+    new = path.with_suffix(".tmp")
+    state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
+    try:
+        with refusing(f"cannot write {path}", OSError, RuntimeError), open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """checkpoint.pt in the folder of a run; or the file itself."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
-        if not isinstance(state, dict) or state.get("script") != SCRIPT:
-            fail(f"{path} is not a checkpoint of {SCRIPT}.py")
-        state["args"] = Args(**state["args"])
-        if args is not None:
-            refuse_changes(args, state["args"])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state
-    except Exception as error:  # a cut or foreign file fails in a dozen ways
-        fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
+        raise UsageError(f"there is no checkpoint {str(path)!r}")
+    return path
 
 
-def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
-    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
-    for name, value in asdict(saved).items():
-        if name not in changeable and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
-    if args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+def read_checkpoint(path: str | Path) -> dict:
+    """What `write_checkpoint` wrote, if it is unchanged to the last byte."""
+    path = checkpoint_path(path)
+    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):  # fails in a dozen ways
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is one of {state['script']}.py")
+        return state | {"args": Args(**state["args"])}
+
+
+def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs, nn.Module]:
+    """A checkpoint's arguments, environments (closed) that it is for, and its network."""
+    state = read_checkpoint(path)
+    args = args or state["args"]
+    with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
+        network = make_network(args, envs)
+    with refusing(f"{path} does not fit {args.env_id}", Exception):
+        network.load_state_dict(state["network"])
+    return args, envs, network.to(args.device)
+
+
+def load_policy(path: str | Path) -> Callable:
+    """The policy of a run, or of a best.pt: a function from one observation to one action.
+
+    Both are as in the environment: `env.step(policy(obs))`.
+    """
+    args, envs, network = load_network(path)
+
+    def policy(obs):
+        row = np.reshape(gym.spaces.flatten(envs.obs_space, obs), (1, *envs.obs.shape[1:]))
+        return (play(args, network, row.astype(envs.obs.dtype)) + envs.first_action)[0]
+
+    return policy
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", nargs="?")
-    finder.add_argument("--evaluate", nargs="?")
-    found, _ = finder.parse_known_args()
+    """The command line. With --resume or --evaluate, the arguments of that run are the defaults."""
+    words = [re.sub(r"^((?:--.*=)?\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), word)
+             for word in sys.argv[1:]]  # fmt: skip
+    runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
+    run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
-        saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
-        default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
+    if (run.resume is None) != (run.evaluate is None):
+        default = replace(read_checkpoint(run.resume or run.evaluate or "")["args"], **vars(run))
+    # --help shows two groups of arguments: what is learned, and from exp_name on, how it is run.
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Args), re.M))
+    groups, hints = {"algorithm": [], "run": []}, get_type_hints(Args, include_extras=True)
+    for name in asdict(default):
+        group = "run" if name == "exp_name" or groups["run"] else "algorithm"
+        hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
+        groups[group].append((name, hint, getattr(default, name)))
+    parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    command = make_dataclass("Command", fields)
+    doc = __doc__ or SCRIPT  # python -OO leaves no docstring
+    about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
+    parsed = tyro.cli(command, args=words, description="\n\n".join(about))
+    with refusing("arguments", ValueError, RuntimeError, AssertionError):
+        args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+        torch.zeros(1, device=args.device).cpu()  # is there such a device?
+        return args
 
 
 def main() -> None:
+    """Trains or evaluates as the command line says. The last line is the folder of the run."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to end
+    hook = threading.excepthook  # what fails in TensorBoard's thread, its next call raises, too
+    threading.excepthook = lambda args: "tensorboard" in type(args.thread).__module__ or hook(args)
     try:
         args = parse_args()
         if args.evaluate is None:
-            train(args)
+            print(train(args).folder)
         else:
-            agent = make_agent(args, make_envs(args, 1), pick_device(args))
-            load_checkpoint(args.evaluate, args, agent=agent)
-            evaluate(args, agent, Path(args.evaluate))
-            print(args.evaluate)
-    except FloatingPointError as error:
-        fail(str(error), code=1)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
-        if "allocate" not in str(error):
-            raise
-        fail(f"not enough memory: {error}")
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+            folder = checkpoint_path(args.evaluate).parent
+            gif = folder / "episode.gif" if args.capture_video else None
+            evaluate(args, load_network(args.evaluate, args)[-1], gif)
+            print(folder)
+    except UsageError as error:
+        message = " ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{SCRIPT}:", *message.split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"{SCRIPT}: interrupted", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

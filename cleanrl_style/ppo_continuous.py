@@ -1,188 +1,145 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0", "tqdm>=4.66.0",
-#   # and gymnasium[mujoco] for HalfCheetah-v5 and the like
+#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0",
+#   "tqdm>=4.66.0",
 # ]
 # ///
 r"""Proximal policy optimisation (PPO) for flat observations and continuous actions.
 
-Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9, Algorithm 1. Advantages:
-         Schulman et al. (2016), "High-dimensional continuous control using generalized advantage estimation",
-         equation 16. Comments such as [D3] are the numbers of details in Huang et al. (2022), "The 37 implementation
-         details of proximal policy optimization": D1 to D12 at the core, C1 to C9 for continuous control.
-Idea     Play T steps in N environments with the policy pi. V(s), which is learned as well, predicts the discounted sum
-         of rewards from s on. Go over these steps several times, and make the actions that turned out better than V
-         expected more probable, the others less. The steps were taken by pi_old, the policy before these changes, and
-         tell little about one that is very different. So the loss no longer rewards moving pi(a|s) further once its
-         ratio to pi_old(a|s) is more than epsilon away from 1.
+Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9.
+         Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
+         estimation", equation 16. What goes beyond them is described in Huang et al. (2022), "The
+         37 implementation details of proximal policy optimization".
+Idea     Play T steps in N environments with the policy pi, and estimate the advantage A of each
+         action: how much better it turned out than the value V(s) had predicted. Make actions of
+         positive advantage more likely and the others less, in several epochs over the same
+         steps. They were sampled from pi_old, the policy before these epochs, and say little about
+         a policy far away from it. So the loss is clipped: nothing is gained by moving the
+         probability ratio further than epsilon from 1.
 
-             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)         how much better than expected one step was
-             A_t     = delta_t + gamma * lambda * A_{t+1}        the advantage: all deltas from t on, discounted
+             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        TD error
+             A_t     = delta_t + gamma * lambda * A_{t+1}       advantage
              ratio   = pi(a|s) / pi_old(a|s)
-             loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)      for the policy
-                       + vf_coef * mean of (V - (A + V_old))^2 / 2                             for the values
-                       - ent_coef * entropy of pi                                              to keep exploring
+             loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
+                       + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
 
-Differs  Where only a time limit ends an episode, V stands for what would have followed. All environments begin new
-         episodes at a checkpoint, since Gymnasium cannot save an environment's state. On by default, beyond the
-         equations: running statistics of the training so far normalise observations and, in training only, scale
-         rewards; A is normalised in each minibatch, the gradient is clipped, and the learning rate falls to 0. Off by
-         default: the clip of the change of V, and the early stop by the KL divergence.
-Shapes   T steps of N environments in one rollout; B of them in one minibatch; O numbers of an observation; K numbers of
-         an action. Row t is the step from t to t+1.
+Differs  V bootstraps where a time limit truncates an episode. Advantages are normalised in each
+         minibatch, gradients are clipped, and the learning rate falls linearly to 0. Observations
+         are normalised by running statistics, and so are rewards in training.
+Shapes   T steps of N environments in a rollout, B of them in a minibatch; O numbers of an
+         observation; K numbers of an action. Row t is the step from t to t+1.
 Run      python ppo_continuous.py
-         python ppo_continuous.py --env-id HalfCheetah-v5 --gamma 0.99 --learning-rate 3e-4 --ent-coef 0 \
-             --total-timesteps 1000000
-Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10, for MuJoCo 1 to 3 (worst to best
-         seed), and wall time on one core of an AMD EPYC that had other work, too, start-up and evaluation included:
-             Pendulum-v1     -192.3 (-236.0 to -159.4)    200k steps   107 s   now and then a swing-up fails
-             HalfCheetah-v5  2943.6 (1866.8 to 5088.8)    1M steps     410 s   two seeds of three stopped below 1,900
-             Hopper-v5       3362.1 (3216.7 to 3527.2)    1M steps     352 s   with the same flags
-             Walker2d-v5     3495.9 (1307.2 to 5112.5)    1M steps     508 s   with the same flags
+         python ppo_continuous.py --env-id HalfCheetah-v5 --gamma 0.99 --learning-rate 3e-4 \
+             --ent-coef 0 --total-timesteps 1000000
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10, for MuJoCo 1 to 3
+         (worst to best seed), and wall time on one core of an AMD EPYC, start-up and evaluation
+         included. Hopper and Walker2d have the flags of HalfCheetah:
+             Pendulum-v1     -192.3 (-236.0 to -159.4)    200k steps   107 s
+             HalfCheetah-v5  2943.6 (1866.8 to 5088.8)    1M steps     410 s
+             Hopper-v5       3362.1 (3216.7 to 3527.2)    1M steps     352 s
+             Walker2d-v5     3495.9 (1307.2 to 5112.5)    1M steps     508 s
 """
 
+import contextlib
+import inspect
+import json
 import math
 import os
+import re
+import shlex
+import signal
 import sys
+import threading
 import time
-from argparse import ArgumentParser
+import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn
+from typing import Annotated, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 SCRIPT = "ppo_continuous"  # named in checkpoints and messages
-MAX_EPISODE_STEPS = 10_000  # the time limit of environments that declare none: no episode is endless
-MAX_FRAMES = 1_000  # steps, at most, that the animated picture covers; it shows every second one
-RunDir = Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")]
+
+# Types of arguments, with the least and the largest value allowed.
+Steps = Annotated[int, 1, 10**12]
+Frequency = Annotated[int, 0, 10**12]  # steps from one time to the next; 0: never
+Count = Annotated[int, 1, 10**6]
+Few = Annotated[int, 1, 4096]
+Share = Annotated[float, 0, 1]
+Positive = Annotated[float, 1e-30, 1e30]
+Weight = Annotated[float, 0, 1e30]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "Pendulum-v1"  # a Gymnasium environment that fits, or my_module:MyEnv-v0
-    seed: int = 1  # of all that is random in the run
-    total_timesteps: int = 200_000  # environment steps to train for, at least
+    env_id: str = "Pendulum-v1"  # Gymnasium environment, or my_module:MyEnv-v0
+    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of everything random in the run
+    total_timesteps: Steps = 200_000  # environment steps to train for, at least
+    num_envs: Few = 4  # environments stepped side by side (N)
 
-    learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end of the run
-    num_envs: int = 4  # environments that are stepped side by side (N)
-    num_steps: int = 512  # steps in each environment for one rollout (T)
-    gamma: float = 0.9  # discount factor
-    gae_lambda: float = 0.95  # how far an advantage looks before it trusts V (lambda); 0: one reward; 1: all to come
-    num_minibatches: int = 32  # parts of a rollout, one gradient step for each
-    update_epochs: int = 10  # times that a rollout is learned from
-    norm_adv: bool = True  # shift and scale a minibatch's advantages to mean 0 and standard deviation 1
-    clip_coef: float = 0.2  # how far the ratio of new to old probability may move from 1 and still pay (epsilon)
-    clip_vloss: bool = False  # the value loss, too, rewards no change of V beyond clip-coef
-    ent_coef: float = 0.01  # weight of the entropy in the loss
-    vf_coef: float = 0.5  # weight of the value loss in the loss
-    max_grad_norm: float = 0.5  # longer gradients are cut to this length
-    target_kl: float | None = None  # learn no more from a rollout once an epoch's KL, taken before its steps, is larger
-    norm_obs: bool = True  # shift and scale observations to mean 0 and standard deviation 1
-    norm_reward: bool = True  # scale rewards, so that the discounted sum so far has deviation 1; clip at 10
+    learning_rate: Positive = 1e-3  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
+    num_steps: Count = 512  # steps of each environment in a rollout (T)
+    gamma: Share = 0.9  # discount factor
+    gae_lambda: Share = 0.95  # from 0, the one-step advantage, to 1, the Monte Carlo one (lambda)
+    num_minibatches: Count = 32  # minibatches of a rollout, each for one gradient step
+    update_epochs: Count = 10  # epochs over a rollout
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: Positive = 0.2  # distance of the ratio from 1 at which it is clipped (epsilon)
+    ent_coef: Weight = 0.01  # weight of the entropy in the loss
+    vf_coef: Weight = 0.5  # weight of the value loss in the loss
+    max_grad_norm: Positive = 0.5  # gradients are clipped to this norm
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
+    norm_reward: bool = True  # divide rewards by the running standard deviation of returns
 
-    exp_name: str = SCRIPT  # part of the run folder's name
-    runs_dir: str = "runs"  # where run folders are made
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cpu for small networks; cuda (if any) for pixels
-    checkpoint_frequency: int = 20_000  # steps between checkpoints; 0: only at the start and the end
-    resume: RunDir = None  # go on with this run from its last checkpoint
-    evaluate: RunDir = None  # play this run's policy, do not train
-    eval_episodes: int = 100  # episodes to evaluate the policy with after training
-    capture_video: bool = False  # save the first evaluation episode as an animated picture, episode.gif
+    exp_name: str = SCRIPT  # part of the name of the run's folder
+    runs_dir: str = "runs"  # where the folders of runs are
+    device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
+    checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
+    eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
+    eval_episodes: Count = 100  # episodes of one evaluation
+    capture_video: bool = False  # draw the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to go on with; other flags replace that run's
+    evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) not in (str, int, float, bool, type(None)):  # a checkpoint could not be read again
-                raise ValueError(f"{name} must be a plain Python value, not {type(value).__name__}")
-        for name in (
-            "total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
-        for name in ("checkpoint_frequency", "ent_coef", "vf_coef"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
-        for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
-        if self.num_steps * self.num_envs < 2 * self.num_minibatches:  # one has no deviation from the mean
-            raise ValueError("--num-minibatches must leave at least 2 of --num-envs times --num-steps steps for each")
-        if self.resume is not None and self.evaluate is not None:
-            raise ValueError("--resume and --evaluate exclude each other")
+        check(self)
+        if self.num_steps * self.num_envs < 2 * self.num_minibatches:  # one has no deviation
+            raise ValueError("--num-minibatches leaves fewer than 2 steps for a minibatch")
 
 
-# Arguments that do not change what is learned, apart from rounding. --checkpoint-frequency does: it cuts episodes.
-HOUSEKEEPING = {"exp_name", "runs_dir", "device", "resume", "evaluate", "eval_episodes", "capture_video"}
+# ---- Environment and network ---------------------------------------------------------------------
 
 
-# ---- Environment and network ----------------------------------------------------------------------------------------
-
-
-def make_envs(args: Args) -> list[gym.Env]:
-    """N environments, to be stepped side by side; with --capture-video, the first can be drawn."""
-    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
-    try:
-        envs = [gym.make(args.env_id) for _ in range(args.num_envs)]
-    except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"cannot make the environment {args.env_id!r}: {error}")
-    if args.capture_video:
-        if "rgb_array" not in envs[0].metadata.get("render_modes", ()):
-            fail(f"--capture-video: {args.env_id} has no render mode 'rgb_array'")
-        envs[0] = drawable(args.env_id)
-    obs_space, action_space = envs[0].observation_space, envs[0].action_space
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    if not (flat and isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1):
-        fail(f"needs a flat Box observation and flat Box actions; {args.env_id} has {obs_space} and {action_space}")
-    if not (action_space.is_bounded() and np.issubdtype(action_space.dtype, np.floating)):
-        fail(f"needs actions with bounds, of a floating-point type; {args.env_id} has {action_space}")
-    if envs[0].spec.max_episode_steps is None:
-        envs = [gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS) for env in envs]
-    return envs
-
-
-def drawable(env_id: str) -> gym.Env:
-    """The environment, made to be drawn. Draws it once: what is missing should not come to light after the training."""
-    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-    try:
-        env = gym.make(env_id, render_mode="rgb_array")
-        env.reset()
-        frame = env.render()
-    except Exception as error:  # graphics libraries fail in a dozen ways
-        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
-    if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,) or frame.dtype != np.uint8:
-        fail(f"--capture-video: {env_id} does not draw arrays (H, W, 3) of uint8")
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment with flat observations and flat, bounded actions."""
+    env = make_flat_env(args, render_mode)
+    space = env.action_space
+    if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"):
+        raise UsageError(f"needs a flat Box of float actions; {args.env_id} has {space}")
+    if max(abs(space.low).max(), abs(space.high).max()) > 1e6:  # also inf, or the largest float
+        raise UsageError(f"needs actions with bounds; {args.env_id} has {space}")
     return env
 
 
-TRAINING, EVALUATION = 0, 1  # streams of seeds: (TRAINING, step) after the checkpoint of that step, (EVALUATION,)
-
-
-def episode_seeds(seed: int, stream: tuple[int, ...], count: int) -> list[int]:
-    """Seeds to reset the environments with, which depend on the run's seed and the stream alone.
-
-    So a resumed run plays the same episodes as one that never stopped. Of 2**32 seeds, two streams rarely share one.
-    """
-    return np.random.SeedSequence(seed, spawn_key=stream).generate_state(count).tolist()
-
-
 class RunningStatistics(nn.Module):
-    """Mean and variance of all rows that it was shown. Being buffers, they are saved and loaded with the network."""
+    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -192,17 +149,38 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Takes in (B, size) more rows: Chan et al. (1979), "Updating formulae", equations 2.1."""
+        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
         total = self.count + len(rows)
         difference = rows.mean(0) - self.mean
         squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference.square() * self.count * len(rows) / total) / total)
+        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
         self.mean += difference * len(rows) / total
         self.count.copy_(total)
 
 
+class RewardScaler(nn.Module):
+    """Divides rewards by the running standard deviation of their discounted sums so far.
+
+    Rewards are not shifted: this would change which policy is best.
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__()
+        self.gamma, self.statistics = gamma, RunningStatistics(1)
+        self.register_buffer("sums", torch.zeros(num_envs))  # gamma * R_{t-1}; 0 at a start
+
+    def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:
+        """Rewards and ends of a rollout (T, N) -> rewards (T, N), scaled and clipped to 10."""
+        sums = torch.empty_like(rewards)
+        for t in range(len(rewards)):
+            sums[t] = rewards[t] + self.sums
+            self.sums.copy_(self.gamma * sums[t] * ~ended[t])
+        self.statistics.update(sums.reshape(-1, 1))
+        return (rewards / (self.statistics.variance + 1e-8).sqrt()).clamp(-10, 10)
+
+
 def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
-    """A linear layer that starts as an orthogonal matrix times gain, with a bias of 0 [D2]."""
+    """A linear layer, initialised with an orthogonal matrix times gain, and biases of 0."""
     linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
     nn.init.zeros_(linear.bias)
@@ -210,20 +188,25 @@ def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """pi(a|s) and V(s): two networks [C4] of three linear layers with a tanh between.
+    """pi(a|s) and V(s): two networks with two hidden layers each.
 
-    pi is a normal distribution for each of the K numbers of an action [C1], independent of each other [C3]. Their means
-    depend on s, their deviations do not [C2].
+    pi is a normal distribution for each of the K numbers of an action, independent of each other.
+    The means depend on s, the standard deviations do not. Actions are sampled as if all bounds
+    were -1 and 1, then clipped to these and scaled to the bounds low and high (K,).
     """
 
-    def __init__(self, obs_size: int, action_size: int, norm_obs: bool) -> None:
+    def __init__(self, obs_size: int, low: np.ndarray, high: np.ndarray, norm_obs: bool) -> None:
         super().__init__()
         self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
-        self.actor = nn.Sequential(  # the first means are all close to 0
-            layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, action_size, gain=0.01)
+        self.register_buffer("low", torch.from_numpy(low))
+        self.register_buffer("high", torch.from_numpy(high))
+        self.actor = nn.Sequential(  # the small gain makes the first means nearly 0
+            layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, len(low), 0.01)
         )
-        self.log_deviations = nn.Parameter(torch.zeros(action_size))
-        self.critic = nn.Sequential(layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, gain=1.0))
+        self.log_std = nn.Parameter(torch.zeros(len(low)))
+        self.critic = nn.Sequential(
+            layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, 1.0)
+        )
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Observations (..., O) -> means of pi(.|s) (..., K) and V(s) (...)."""
@@ -235,69 +218,53 @@ class Agent(nn.Module):
         if self.obs_statistics is None:
             return obs
         mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
-        return ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)  # [C6] normalised, [C7] clipped
+        return ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)
 
 
-def make_agent(args: Args, envs: list[gym.Env]) -> Agent:
-    """An agent that fits the environments."""
-    return Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], args.norm_obs)
+def make_network(args: Args, envs: "Envs") -> Agent:
+    """An agent for these environments."""
+    return Agent(envs.obs.shape[1], envs.action_space.low, envs.action_space.high, args.norm_obs)
 
 
-# ---- The algorithm --------------------------------------------------------------------------------------------------
+# ---- The algorithm -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def act(agent: Agent, obs: Tensor, greedy: bool = False) -> Tensor:
-    """Samples actions from pi(.|s), or takes the means: observations (N, O) -> (N, K), not yet clipped."""
+def act(agent: Agent, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+    """Samples actions, or takes the means: observations (N, O) -> (N, K), not yet clipped."""
+    obs = torch.from_numpy(obs).to(next(agent.parameters()).device)
     means = agent.actor(agent.normalize(obs)).cpu()
-    if not math.isfinite(means.sum()):
-        raise FloatingPointError("the policy's output is not finite: weights diverged, or an observation is NaN")
-    return means if greedy else means + agent.log_deviations.exp().cpu() * torch.randn_like(means)
+    noise = 0 if greedy else agent.log_std.exp().cpu() * torch.randn_like(means)
+    return (means + noise).numpy()
 
 
-def to_bounds(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Clips to -1 and 1, then stretches each number of an action to its own bounds: (N, K), (K,), (K,) -> (N, K) [C5].
+def to_bounds(agent: Agent, actions: np.ndarray) -> np.ndarray:
+    """Clips to -1 and 1, and scales to the bounds of the environment: (N, K) -> (N, K).
 
-    Only the environment sees that. What is learned from is the action as it was sampled from pi.
+    Only the environment sees this. What is learned from is the action that was sampled.
     """
-    return (low + (actions.clip(-1, 1) + 1) / 2 * (high - low)).clip(low, high)  # the last clip is against rounding
+    low, high = agent.low.cpu().numpy(), agent.high.cpu().numpy()
+    return (low + (actions.clip(-1, 1) + 1) / 2 * (high - low)).clip(low, high)  # against rounding
 
 
-def log_prob_and_entropy(means: Tensor, log_deviations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(a|s) of actions, and the entropy of pi(.|s) in nats: (..., K), (K,), (..., K) -> (...), scalar.
+def log_prob_and_entropy(means: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) and the entropy of pi, in nats: (..., K), (K,), (..., K) -> (...), scalar.
 
-    Both are sums over an action's numbers, each with the density of a normal distribution. As the deviations do not
-    depend on s, all states have the same entropy.
+    Sums over the K numbers of an action. The entropy is the same in all states.
     """
-    errors = (actions - means) / log_deviations.exp()
-    log_pi = -errors.square() / 2 - log_deviations - math.log(2 * math.pi) / 2
-    return log_pi.sum(-1), (log_deviations + (1 + math.log(2 * math.pi)) / 2).sum()
-
-
-def scale_rewards(
-    rewards: Tensor, ended: Tensor, before: Tensor, statistics: RunningStatistics, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """Divides rewards (T, N) by the running standard deviation of R_t = r_t + gamma * R_{t-1} [C8], clips them [C9].
-
-    They are not shifted, as that would change what is worth doing. R is 0 before an episode's first step. `before` (N,)
-    is R just before row 0: the second result of the call for the rollout before, or 0 where new episodes begin.
-    """
-    sums = torch.empty_like(rewards)
-    for t in range(len(rewards)):
-        sums[t] = rewards[t] + gamma * before
-        before = sums[t] * ~ended[t]
-    statistics.update(sums.reshape(-1, 1))
-    return (rewards / (statistics.variance + 1e-8).sqrt()).clamp(-10, 10), before
+    errors = (actions - means) / log_std.exp()
+    log_pi = -errors.square() / 2 - log_std - math.log(2 * math.pi) / 2
+    return log_pi.sum(-1), (log_std + (1 + math.log(2 * math.pi)) / 2).sum()
 
 
 def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
-    gae_lambda: float,
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, gae_lambda: float,
 ) -> Tensor:  # fmt: skip
-    """Generalised advantage estimation (2016, equation 16) [D5]: five of (T, N) -> advantages (T, N).
+    """Generalised advantage estimation (2016, equation 16): five of (T, N) -> (T, N).
 
-    Where an episode terminated, nothing follows, and V(s_{t+1}) counts as 0. Where it was truncated, by a time limit,
-    V(s_{t+1}) stands for what would have followed. The sum over later steps stops at either, and after row T-1.
+    Where an episode terminated, V(s_{t+1}) counts as 0; where a time limit truncated it, V(s_{t+1})
+    bootstraps. The recursion stops at either, and after the last row.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     decay = gamma * gae_lambda * ~(terminated | truncated)
@@ -308,390 +275,623 @@ def gae(
 
 
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A) (2017, equation 7) [D8]: (B,), (B,) -> scalar.
+    """-mean of min(ratio * A, clip(ratio) * A) (2017, equation 7): (B,), (B,) -> scalar.
 
-    Where the ratio has gone beyond the clip in the direction that A asks for, the gradient is 0. Where it has gone
-    beyond in the wrong direction, the gradient remains, so that mistakes are taken back.
+    The gradient is 0 where the ratio is clipped and has moved as A asks for. Where it has moved
+    the other way, the minimum is the unclipped term, and the gradient brings it back.
     """
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """mean of (V - return)^2 / 2: three of (B,) -> scalar.
-
-    With a clip [D9], the error is also computed for V held within the clip of V_old, and the larger of the two counts.
-    It is not in the paper. Engstrom et al. (2020), "Implementation matters in deep RL", found no sign that it helps.
-    """
-    errors = (values - returns).square()
-    if clip_coef is not None:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        errors = torch.max(errors, (clipped - returns).square())
-    return errors.mean() / 2
 
 
 class Batch(NamedTuple):
     """Steps of a rollout, B in a minibatch. Row b of each:"""
 
-    obs: Tensor  # what the environment showed, not normalised, (B, O)
-    actions: Tensor  # what was done then, (B, K)
+    obs: Tensor  # observation, not normalised, (B, O)
+    actions: Tensor  # action, not clipped, (B, K)
     log_probs: Tensor  # log pi_old(a|s), (B,)
-    values: Tensor  # V_old(s), (B,)
-    advantages: Tensor  # A_t, (B,)
-    returns: Tensor  # A_t + V_old(s): what V(s) should have been, (B,)
+    advantages: Tensor  # A, (B,)
+    returns: Tensor  # A + V_old(s), the target of V(s), (B,)
 
 
 @torch.no_grad()
 def make_batch(
-    agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor,
-    truncated: Tensor, args: Args,
+    agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor,
+    terminated: Tensor, truncated: Tensor, args: Args,
 ) -> Batch:  # fmt: skip
-    """What there is to learn from a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N) -> T * N rows.
+    """Advantages of a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N).
 
-    next_obs holds an episode's true last observation, not the first one of the next. The agent has not changed since
-    the rollout: what it computes here are pi_old and V_old.
+    next_obs holds the last observation of an episode, not the first one of the next. The agent is
+    still the one of the rollout, so pi_old and V_old are computed here, in one pass.
     """
     means, values = agent(obs)
     _, next_values = agent(next_obs)
-    log_probs, _ = log_prob_and_entropy(means, agent.log_deviations, actions)
+    log_probs, _ = log_prob_and_entropy(means, agent.log_std, actions)
     advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-    parts = obs, actions, log_probs, values, advantages, advantages + values
-    return Batch(*(part.flatten(0, 1) for part in parts))
+    columns = obs, actions, log_probs, advantages, advantages + values
+    return Batch(*(column.flatten(0, 1) for column in columns))
 
 
-def update(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """One gradient step on the B steps of a minibatch [D6] -> metrics, scalars."""
+def update(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """One gradient step on the B steps of a minibatch -> metrics."""
     means, values = agent(batch.obs)
-    log_probs, entropy = log_prob_and_entropy(means, agent.log_deviations, batch.actions)
+    log_probs, entropy = log_prob_and_entropy(means, agent.log_std, batch.actions)
     log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # [D7] not in the paper
-    loss_pi = clipped_policy_loss(ratio, advantages, args.clip_coef)
-    loss_v = value_loss(values, batch.values, batch.returns, args.clip_coef if args.clip_vloss else None)
-    loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy  # [D10] equation 9
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy_loss = clipped_policy_loss(ratio, advantages, args.clip_coef)
+    value_loss = (values - batch.returns).square().mean() / 2
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # 2017, equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11] all as one vector
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    with torch.no_grad():  # [D12] what to watch
+    with torch.no_grad():
         return {
-            "losses/policy_loss": loss_pi.detach(),
-            "losses/value_loss": loss_v.detach(),
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
             "losses/entropy": entropy.detach(),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old || pi): joschu.net/blog/kl-approx.html
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
 
 
-def learn(agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """All gradient steps on a rollout: update-epochs times over it -> the means of the minibatches' metrics."""
+def learn(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """All epochs over a rollout -> the means of the minibatches' metrics."""
     metrics = []
     for _ in range(args.update_epochs):
-        for chosen in torch.randperm(len(batch.obs)).to(batch.obs.device).tensor_split(args.num_minibatches):
-            metrics.append(update(agent, optimizer, Batch(*(part[chosen] for part in batch)), args))
-        if args.target_kl is not None:
-            epoch_kl = sum(minibatch["losses/approx_kl"] for minibatch in metrics[-args.num_minibatches :])
-            if epoch_kl / args.num_minibatches > args.target_kl:
-                break
-    means = {tag: torch.stack([minibatch[tag] for minibatch in metrics]).mean() for tag in metrics[0]}
-    if not all(value.isfinite() for value in means.values()):
-        raise FloatingPointError("the losses are no longer finite")
-    return means
+        shuffled = torch.randperm(len(batch.obs)).to(batch.obs.device)
+        for rows in shuffled.tensor_split(args.num_minibatches):
+            metrics.append(update(agent, optimizer, Batch(*(part[rows] for part in batch)), args))
+    return {tag: torch.stack([step[tag] for step in metrics]).mean() for tag in metrics[0]}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1: V foresaw the returns, but for a constant; 0: no better than their mean. (B,), (B,) -> scalar [D12]."""
+    """1 where V predicts the returns, 0 where it is no better than a constant: (B,), (B,)."""
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
 
 
-def is_due(step: int, count: int, frequency: int) -> bool:
-    """Whether a multiple of frequency is among the last `count` numbers up to step; never, if frequency is 0."""
-    return frequency > 0 and step % frequency < count
+# ---- Training and evaluation ---------------------------------------------------------------------
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def train(args: Args) -> Path:
-    """Trains an agent, from the start or from the checkpoint in args.resume, and returns the run's folder."""
-    torch.set_num_threads(1)  # for a network this small, a second thread costs more than it brings
+def train(args: Args) -> "Result":
+    """Trains an agent, from the start or from the checkpoint in args.resume."""
     torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    envs, num_envs = make_envs(args), args.num_envs  # [D1] several side by side
-    low, high = envs[0].action_space.low, envs[0].action_space.high
-    agent, reward_statistics = make_agent(args, envs).to(device), RunningStatistics(1).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not 1e-8
-    parts, global_step = {"agent": agent, "optimizer": optimizer, "reward_statistics": reward_statistics}, 0
-    if args.resume is not None:
-        state = load_checkpoint(args.resume, args, **parts)
-        global_step = state["global_step"]
-        torch.set_rng_state(state["random_state"])
-    run_dir = make_run_dir(args) if args.resume is None else Path(args.resume)
-    print(f"Training in {run_dir}", flush=True)
-    writer = open_log(run_dir, args, global_step)
+    device = torch.device(args.device)
+    envs = Envs(args, args.num_envs, TRAINING)
+    agent = make_network(args, envs).to(device)
+    reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
-    def save() -> None:
-        writer.flush()  # the event file must not lag behind the checkpoint
-        save_checkpoint(run_dir, args, parts, global_step=global_step)
+    rows = args.num_steps, args.num_envs
+    obs, next_obs = np.zeros((2, *rows, *envs.obs.shape[1:]), dtype=np.float32)
+    actions = np.zeros((*rows, *envs.action_space.shape), dtype=np.float32)
+    rewards = np.zeros(rows, dtype=np.float32)
+    terminated, truncated = np.zeros((2, *rows), dtype=bool)
+    with Run(args, envs, agent, optimizer=optimizer, reward_scaler=reward_scaler) as run:
+        while run.goes_on():
+            if args.anneal_lr:
+                remaining = 1 - envs.steps / args.total_timesteps
+                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-    first_step, start_time, recent, obs = global_step, time.perf_counter(), deque(maxlen=20), None
-    save()  # from here on there is something to resume
-    try:
-        with progress_bar(global_step, args.total_timesteps) as bar:
-            while global_step < args.total_timesteps:
-                if obs is None:  # at the start and after each checkpoint: new episodes, given by seed and step alone
-                    seeds = episode_seeds(args.seed, (TRAINING, global_step), num_envs)
-                    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-                    returns, lengths, sums = [0.0] * num_envs, [0] * num_envs, torch.zeros(num_envs, device=device)
-                if args.anneal_lr:  # [D4] once a rollout
-                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+            # Act: T steps in every environment.
+            for t in range(args.num_steps):
+                obs[t] = envs.obs
+                actions[t] = act(agent, obs[t])
+                outcome = envs.step(to_bounds(agent, actions[t]))
+                next_obs[t], rewards[t], terminated[t], truncated[t] = outcome
 
-                # Act: T steps in every environment. Where an episode ends, the next one begins.
-                rollout = []
-                for _ in range(args.num_steps):
-                    rows = np.array(obs, dtype=np.float32)
-                    actions = act(agent, torch.from_numpy(rows).to(device)).numpy()
-                    steps = [env.step(action) for env, action in zip(envs, to_bounds(actions, low, high))]
-                    obs, *outcome, _ = map(list, zip(*steps))  # outcome: rewards, terminated, truncated
-                    rollout.append((rows, actions, np.array(obs, dtype=np.float32), *outcome))
-                    for i, (reward, terminated, truncated) in enumerate(zip(*outcome)):
-                        global_step += 1
-                        returns[i], lengths[i] = returns[i] + float(reward), lengths[i] + 1
-                        if terminated or truncated:
-                            writer.add_scalar("charts/episodic_return", returns[i], global_step)
-                            writer.add_scalar("charts/episodic_length", lengths[i], global_step)
-                            recent.append(returns[i])
-                            obs[i], returns[i], lengths[i] = envs[i].reset()[0], 0.0, 0
+            # Learn.
+            rollout = [
+                torch.from_numpy(column).to(device)
+                for column in (obs, actions, rewards, next_obs, terminated, truncated)
+            ]
+            if args.norm_reward:
+                rollout[2] = reward_scaler(rollout[2], rollout[4] | rollout[5])
+            batch = make_batch(agent, *rollout, args)
+            metrics = learn(agent, optimizer, batch, args)
+            if args.norm_obs:  # only now: pi and pi_old must see the same
+                agent.obs_statistics.update(batch.obs)
 
-                # Learn. A reward may have come as an array of one number, hence view_as.
-                rows, actions, next_rows, rewards, terminated, truncated = (
-                    torch.from_numpy(np.array(part, dtype=np.float32)).to(device) for part in zip(*rollout)
-                )
-                terminated, truncated, rewards = terminated.bool(), truncated.bool(), rewards.view_as(terminated)
-                if args.norm_reward:
-                    rewards, sums = scale_rewards(rewards, terminated | truncated, sums, reward_statistics, args.gamma)
-                batch = make_batch(agent, rows, actions, rewards, next_rows, terminated, truncated, args)
-                metrics = learn(agent, optimizer, batch, args)
-                if args.norm_obs:  # only now: pi and pi_old must see observations that are normalised alike
-                    agent.obs_statistics.update(batch.obs)
-
-                # Log, save.
-                scalars = {
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                    "charts/SPS": (global_step - first_step) / (time.perf_counter() - start_time),
-                    "losses/explained_variance": explained_variance(batch.values, batch.returns),
-                }
-                for tag, value in (scalars | metrics).items():
-                    writer.add_scalar(tag, value, global_step)
-                if recent:
-                    bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
-                bar.update(min(global_step, args.total_timesteps) - bar.n)
-                due = is_due(global_step, args.num_steps * num_envs, args.checkpoint_frequency)
-                if due or global_step >= args.total_timesteps:
-                    save()
-                    obs, envs = None, make_envs(args)  # new ones, as in a resumed run, so that both go on alike
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        stop(error, global_step, run_dir)
-
-    log_evaluation(writer, args, run_dir, global_step, *evaluate(args, envs, agent, run_dir))
-    print(run_dir)
-    return run_dir
+            # Log, evaluate, save.
+            values = batch.returns - batch.advantages
+            metrics["losses/explained_variance"] = explained_variance(values, batch.returns)
+            run.log(metrics | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
+            if run.is_due(args.eval_frequency):
+                run.evaluate()
+            if run.is_due(args.checkpoint_frequency):
+                run.save()
+        return run.finish()
 
 
-def play_greedily(
-    envs: list[gym.Env], agent: Agent, seeds: list[int], frames: list | None = None
-) -> list[list[float]]:
-    """Plays one episode for each seed, side by side, by the most probable actions: the rewards of each.
+def play(args: Args, agent: Agent, obs: np.ndarray) -> np.ndarray:
+    """How the trained policy is evaluated: observations (N, O) -> actions (N, K)."""
+    return to_bounds(agent, act(agent, obs, greedy=True))
 
-    If there is a list for frames, every second step of the first episode is drawn into it.
+
+def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
+    """Plays args.eval_episodes whole episodes: their mean return and length.
+
+    It has environments of its own and leaves the random numbers of the training alone. The first
+    episode is drawn into the file `gif`, if there is one.
     """
-    low, high, device = envs[0].action_space.low, envs[0].action_space.high, next(agent.parameters()).device
-    rewards = [[] for _ in seeds]
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-    running = list(range(len(seeds)))
-    while running:
-        rows = np.array([obs[i] for i in running], dtype=np.float32)
-        actions = act(agent, torch.from_numpy(rows).to(device), greedy=True)
-        if frames is not None and running[0] == 0 and len(rewards[0]) in range(0, MAX_FRAMES, 2):
-            frames.append(envs[0].render())
-        still_running = []
-        for i, action in zip(running, to_bounds(actions.numpy(), low, high)):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            rewards[i].append(float(reward))
-            if not (terminated or truncated):
-                still_running.append(i)
-        running = still_running
-    return rewards
+    num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
+    quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
+    envs = Envs(args, num_envs, EVALUATION, draw=gif is not None)
+    with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        envs.reset()
+        while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
+            if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
+                frames.append(envs.render())
+                if len(frames) > MAX_FRAMES:  # from now on every fourth frame, every eighth ...
+                    frames, stride = frames[::2], 2 * stride
+            envs.step(play(args, network, envs.obs[which]), which)
+    if gif is not None:
+        images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
+        with refusing(f"cannot write {gif}", OSError):
+            images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
+                           loop=0)  # fmt: skip
+    _, returns, lengths = np.array(envs.finished).T
+    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+    return float(returns.mean()), float(lengths.mean())
 
 
-def evaluate(args: Args, envs: list[gym.Env], agent: Agent, run_dir: Path) -> tuple[float, float]:
-    """Plays args.eval_episodes with the greedy policy, prints how it went, returns their mean return and length."""
-    seeds = episode_seeds(args.seed, (EVALUATION,), args.eval_episodes)
-    episodes, frames = [], ([] if args.capture_video else None)
-    for first in range(0, len(seeds), len(envs)):
-        episodes += play_greedily(envs, agent, seeds[first : first + len(envs)], None if first else frames)
-    returns = [sum(rewards) for rewards in episodes]
-    print(f"Evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes, greedy")
-    if frames:
-        fps = envs[0].metadata.get("render_fps") or 30
-        path, milliseconds = run_dir / "episode.gif", 2 * 1000 / fps  # of every second frame, to halve the file
-        pictures = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
-        print(f"Animated picture: {path}")
-    return float(np.mean(returns)), float(np.mean([len(rewards) for rewards in episodes]))
+# ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------
+
+MAX_EPISODE_STEPS = 10_000  # time limit of environments that have none of their own
+MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
+TRAINING, EVALUATION = 0, 1  # streams of seeds
 
 
-# ---- Runs, checkpoints, command line --------------------------------------------------------------------------------
+class UsageError(ValueError):
+    """What the user can mend, or has to know. `main` prints it as one line."""
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr."""
-    print(f"{SCRIPT}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def stop(error: FloatingPointError | KeyboardInterrupt, step: int, run_dir: Path) -> NoReturn:
-    """Ends a training with one line that says what happened when, and what can be done now."""
-    if isinstance(error, KeyboardInterrupt):
-        fail(f"interrupted at step {step}; to go on from the last checkpoint: --resume {run_dir}", code=130)
-    fail(f"step {step}: {error}. Are the environment's observations and rewards finite? If so, try a lower "
-         f"--learning-rate. The last checkpoint stays in {run_dir}", code=1)  # fmt: skip
-
-
-def pick_device(name: str) -> torch.device:
-    """auto is the CPU: calling a GPU takes longer than computing so small a network."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name, True):
-        fail(f"--device {name}: PyTorch finds no such device on this machine")
-    return torch.device("cpu" if name == "auto" else name)
-
-
-def make_run_dir(args: Args) -> Path:
-    """Makes the folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>, which must be new."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+@contextlib.contextmanager
+def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Makes errors of these types a UsageError: of one line, and about `what`."""
     try:
-        run_dir.mkdir(parents=True)
-        return run_dir
-    except FileExistsError:
-        if not run_dir.is_dir():
-            raise
-        time.sleep(1)  # another run began in this second
-        return make_run_dir(args)
+        yield
+    except errors as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UsageError(f"{what}: {cause}") from error
 
 
-def settings(args: Args) -> dict:
-    """All arguments but --resume and --evaluate, which are this call's alone."""
-    return {name: value for name, value in asdict(args).items() if name not in ("resume", "evaluate")}
+class Result(NamedTuple):
+    """What came of a run; also in its result.json. Means are over the episodes of evaluation."""
+
+    folder: str
+    episodic_return: float
+    episodic_length: float
+    steps: int
+    seconds: float  # of training, without pauses
 
 
-def open_log(run_dir: Path, args: Args, step: int) -> SummaryWriter:
-    """TensorBoard's writer, with a table of the arguments. Hides what was logged after the checkpoint of that step."""
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    rows = [f"|{name}|{value}|" for name, value in settings(args).items()]
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
-    return writer
+def check(args: "Args") -> None:
+    """Refuses arguments that have another type than theirs, or are out of bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if type(value) not in (str, int, float, bool, type(None)):
+            raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
+        with refusing(flag, UnicodeError):  # bytes that are not UTF-8 cannot be printed or saved
+            str(value).encode()
+        if hasattr(hint, "__metadata__"):
+            kind, (low, high) = hint.__origin__, hint.__metadata__
+            if not (isinstance(value, int | kind) and low <= value <= high):
+                raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--resume and --evaluate exclude each other")
 
 
-def log_evaluation(
-    writer: SummaryWriter, args: Args, run_dir: Path, step: int, mean_return: float, mean_length: float
-) -> None:
-    """The last points of a run, its picture, and its row in the HPARAMS tab."""
-    writer.add_scalar("eval/episodic_length", mean_length, step)  # add_hparams adds eval/episodic_return
-    if args.capture_video:  # add_image would show a still picture
-        image = Summary.Image(encoded_image_string=(run_dir / "episode.gif").read_bytes(), colorspace=3)
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/episode", image=image)]), step)
-    compared = {name: value for name, value in settings(args).items() if name not in HOUSEKEEPING}
-    writer.add_hparams(compared, {"eval/episodic_return": mean_return}, run_name=".", global_step=step)
-    writer.close()
+def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
+    """The environment, with a time limit, and with observations that are vectors."""
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
+    what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+    with refusing(what, gym.error.Error, ImportError, *errors):
+        if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
+            raise ImportError("this is no name")
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    if render_mode is not None:
+        with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+            env.reset()
+            if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
+                raise ValueError("it does not draw arrays (H, W, 3) of uint8")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    space = env.observation_space
+    if not space.is_np_flattenable:
+        raise UsageError(f"needs observations of a fixed size; {args.env_id} has {space}")
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if flat else gym.wrappers.FlattenObservation(env)
 
 
-def progress_bar(step: int, total: int) -> tqdm:
-    """Moves in a terminal; in a log file, it is drawn every 30 seconds at most."""
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    return tqdm(total=total, initial=step, unit="steps", unit_scale=True, mininterval=interval)
+class Envs:
+    """N environments, stepped side by side. Where an episode ends, the next one begins.
+
+    An episode is given by its seed and its actions, and its seed by (the run's seed, the stream,
+    the environment, the episode's number). A checkpoint holds this number and the actions so far;
+    `reset` replays them, and the environments stand where they stood.
+    """
+
+    def __init__(self, args: Args, num_envs: int, stream: int, draw: bool = False) -> None:
+        modes = ["rgb_array" if draw and i == 0 else None for i in range(num_envs)]
+        self.envs = [make_env(args, mode) for mode in modes]
+        self.seed, self.stream = args.seed, stream
+        self.fps = self.envs[0].metadata.get("render_fps") or 30
+        flattened = isinstance(self.envs[0], gym.wrappers.FlattenObservation)
+        self.obs_space = (self.envs[0].env if flattened else self.envs[0]).observation_space
+        self.action_space = self.envs[0].action_space
+        self.first_action = getattr(self.action_space, "start", 0)  # nearly always 0
+        self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
+        self.steps, self.finished = 0, []  # of all; (step, return, length) of each finished episode
+        self.episodes = [0] * num_envs  # finished ones; of the running ones, the following three
+        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
+        self.actions = [[] for _ in self.envs]
+
+    def begin(self, i: int) -> None:
+        """Begins an environment's next episode."""
+        key = self.stream, i, self.episodes[i]
+        (seed,) = np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1).tolist()
+        self.obs[i] = np.reshape(self.envs[i].reset(seed=seed)[0], -1)
+
+    def reset(self) -> None:
+        """Begins the first episodes, or those of a checkpoint, up to where they were."""
+        saved = self.obs.copy()
+        for i, env in enumerate(self.envs):
+            self.begin(i)
+            for action in self.actions[i]:
+                self.obs[i] = np.reshape(env.step(action)[0], -1)
+        if self.steps > 0 and not np.array_equal(saved, self.obs):
+            print("Warning: an episode was not the same when it was repeated. The run goes on, but "
+                  "not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+
+    def step(self, actions: np.ndarray, which: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """One step in all environments, or in the n of `which`, by actions (n, ...).
+
+        Returns next_obs (n, O), rewards, terminated, truncated (n,). Where an episode ended,
+        next_obs is its last observation, and self.obs is the first one of the next episode.
+        """
+        which = range(len(self.envs)) if which is None else which
+        next_obs = np.empty((len(which), *self.obs.shape[1:]), np.float32)
+        rewards = np.empty(len(which), np.float32)
+        terminated, truncated = np.empty((2, len(which)), dtype=bool)
+        for row, (i, action) in enumerate(zip(which, actions + self.first_action)):
+            obs, reward, terminated[row], truncated[row], _ = self.envs[i].step(action)
+            next_obs[row] = self.obs[i] = np.reshape(obs, -1)
+            rewards[row] = reward = np.asarray(reward).item()  # it may be an array of one number
+            self.steps += 1
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            self.actions[i].append(action)
+            if terminated[row] or truncated[row]:
+                self.finished.append((self.steps, self.returns[i], self.lengths[i]))
+                self.episodes[i] += 1
+                self.returns[i], self.lengths[i], self.actions[i] = 0.0, 0, []
+                self.begin(i)
+        if not (np.isfinite(next_obs).all() and np.isfinite(rewards).all()):
+            raise UsageError("an observation or a reward of the environment is not finite")
+        return next_obs, rewards, terminated, truncated
+
+    def render(self) -> np.ndarray:
+        """A picture of the first environment, (H, W, 3)."""
+        return self.envs[0].render()
+
+    def close(self) -> None:
+        """Closes all environments, once."""
+        while self.envs:
+            self.envs.pop().close()
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds."""
+        actions = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        counts = {name: getattr(self, name) for name in ("steps", "episodes", "returns", "lengths")}
+        return counts | {"actions": actions, "obs": torch.from_numpy(self.obs)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes that back; then `reset` has to be called."""
+        if state["obs"].shape != self.obs.shape:
+            raise ValueError(f"observations were {tuple(state['obs'].shape)}, {self.obs.shape} now")
+        for name, kind in ("episodes", int), ("returns", float), ("lengths", int):
+            setattr(self, name, [kind(value) for value in state[name]])
+        self.steps = int(state["steps"])
+        self.actions = [list(actions.numpy()) for actions in state["actions"]]
+        self.obs = state["obs"].numpy()
 
 
-def save_checkpoint(run_dir: Path, args: Args, parts: dict, **counters: int) -> None:
-    """Writes beside the old checkpoint.pt, then renames over it: whenever we are killed, one of the two is whole."""
-    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-    if not all(numbers.isfinite().all() for network in networks for numbers in network.state_dict().values()):
-        raise FloatingPointError("a weight or a running statistic is no longer finite")
-    states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"script": SCRIPT, "args": settings(args), "random_state": torch.get_rng_state()} | counters | states
-    with open(run_dir / "checkpoint.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+class Run:
+    """A training's folder, lock, log, progress bar and checkpoints; closed however it ends."""
+
+    def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
+        self.args, self.envs, self.network = args, envs, network
+        self.parts = {"envs": envs, "network": network} | parts  # what a checkpoint holds
+        self.seconds, self.best_return, self.saved_step = 0.0, -math.inf, -1
+        self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
+        with contextlib.ExitStack() as stack:  # closes what is open if something fails
+            stack.callback(envs.close)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(args.num_threads or os.cpu_count())
+            if args.capture_video:  # what is missing should not come to light after the training
+                Envs(args, 1, EVALUATION, draw=True).close()
+            with refusing("cannot write", OSError):  # for example if another process has the lock
+                new = args.resume is None
+                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
+                stack.enter_context(FileLock(self.folder / "lock", blocking=False))
+            for part in parts.values():
+                if hasattr(part, "open"):  # it keeps files in the folder
+                    part.open(self.folder, args.resume is not None)
+                    stack.callback(part.close)
+            if args.resume is not None:
+                self.load()
+            if self.old_result() is not None:  # nothing is left to do
+                self.stack = stack.pop_all()
+                return
+            envs.reset()
+            self.first_step, self.start = envs.steps, time.perf_counter()
+            rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
+            table = "\n".join(f"|{name}|{value}|" for name, value in rows)
+            with refusing("cannot write the log", OSError):
+                self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+                stack.callback(self.close_log)
+                self.writer.add_text("hyperparameters", table, envs.steps)
+            moves = sys.stderr.isatty() or "ipykernel" in sys.modules  # else: few lines in a log
+            self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
+                            unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
+            stack.callback(self.bar.close)
+            if (threading.current_thread() is threading.main_thread()
+                    and signal.getsignal(signal.SIGINT) is signal.default_int_handler):  # fmt: skip
+                stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGINT, self.interrupt)
+            print(f"Training in {self.folder}", flush=True)
+            if self.saved_step < 0:
+                self.save()  # from here on there is something to resume
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self.stack.close()
+        if error is not None:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+            error.add_note(f"Stopped at step {self.envs.steps}. To go on from the checkpoint of "
+                           f"step {self.saved_step}:\n{command}")  # fmt: skip
+
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C lets the loop end its round and save; once more, and it stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def goes_on(self) -> bool:
+        """Whether there are steps left to train. Saves after Ctrl-C, and stops."""
+        if self.interrupted:
+            self.save()
+            raise KeyboardInterrupt
+        self.round_start = self.envs.steps
+        return self.envs.steps < self.args.total_timesteps
+
+    def is_due(self, frequency: int) -> bool:
+        """Whether this round has passed a multiple of so many steps. `finish` cares for the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        return passed and self.envs.steps < self.args.total_timesteps
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """Writes metrics and the episodes that have ended, moves the bar, looks for NaN."""
+        seconds = time.perf_counter() - self.start
+        metrics = metrics | {"charts/SPS": (self.envs.steps - self.first_step) / seconds}
+        with refusing("cannot write the log", OSError):
+            for step, episodic_return, length in self.envs.finished:
+                self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+                self.writer.add_scalar("charts/episodic_length", length, step)
+                self.recent.append(episodic_return)
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, float(value), self.envs.steps)
+        self.envs.finished.clear()
+        if self.recent:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent):.1f}", refresh=False)
+        self.bar.update(min(self.envs.steps, self.args.total_timesteps) - self.bar.n)
+        numbers = [*metrics.values(), *(w.sum() for w in self.network.state_dict().values())]
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError("a loss or a weight is not finite: try a lower --learning-rate")
+
+    def save(self) -> None:
+        """Writes a checkpoint. It changes nothing in the run, so this may happen at any step."""
+        self.log({})
+        with refusing("cannot write the log", OSError):
+            self.writer.flush()  # the log must not lag behind the checkpoint
+        seconds = self.seconds + time.perf_counter() - self.start
+        state = {"seconds": seconds, "random_state": torch.get_rng_state()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
+        self.saved_step = self.envs.steps
+
+    def load(self) -> None:
+        """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
+        state = read_checkpoint(self.args.resume)
+        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+            self.seconds = float(state["seconds"])
+            torch.set_rng_state(state["random_state"])
+            for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    state[name]["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(state[name])
+        self.saved_step = self.envs.steps
+        if (self.folder / "best.pt").exists():
+            self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
+
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        """Evaluates, logs the means, and keeps the best network so far in best.pt."""
+        mean, length = evaluate(self.args, self.network, gif)
+        self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
+        if mean > self.best_return:
+            self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
+            write_checkpoint(self.folder / "best.pt", self.args, state)
+        return mean, length
+
+    def old_result(self) -> Result | None:
+        """The result of a run that had ended before it was resumed, and has no steps left."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            result = Result(**json.loads((self.folder / "result.json").read_text()))
+            if result.steps == self.envs.steps >= self.args.total_timesteps:
+                return result._replace(folder=str(self.folder))
+        return None
+
+    def finish(self) -> Result:
+        """Saves, evaluates, and writes result.json and the last points of the log."""
+        if (old := self.old_result()) is not None:
+            print("This run has ended. To train it further, give a larger --total-timesteps.")
+            return old
+        self.save()
+        seconds = self.seconds + time.perf_counter() - self.start
+        self.envs.close()
+        gif = self.folder / "episode.gif" if self.args.capture_video else None
+        mean, length = self.evaluate(gif)
+        # The tab HPARAMS: first which script it was, and its result.
+        row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
+        row = {name: value for name, value in row.items() if value is not None}
+        summaries = list(hparams(row, {"eval/episodic_return": mean}))
+        result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
+        with refusing("cannot write the result", OSError):
+            if gif is not None:  # add_image would show a still picture
+                image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+                summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, self.envs.steps)
+            self.writer.flush()
+            (self.folder / "result.json").write_text(json.dumps(result._asdict()))
+        return result
+
+    def close_log(self) -> None:
+        """On a full disk, this fails once more: that is no news."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
 
 
-def load_checkpoint(run_dir: str, args: Args | None = None, **parts) -> dict:
-    """Reads a run's checkpoint, compares its arguments with args, fills the parts, each by its name in the file."""
-    path = Path(run_dir) / "checkpoint.pt"
+def make_folder(args: Args) -> Path:
+    """A new folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_checkpoint(path: Path, args: Args, state: dict) -> None:
+    """Writes a new file, then renames it: whenever the process dies, old or new one is whole."""
+    new = path.with_suffix(".tmp")
+    state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
+    try:
+        with refusing(f"cannot write {path}", OSError, RuntimeError), open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """checkpoint.pt in the folder of a run; or the file itself."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        fail(f"there is no checkpoint.pt in the folder {run_dir!r}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file can run no code
-        if not isinstance(state, dict) or state.get("script") != SCRIPT:
-            fail(f"{path} is not a checkpoint of {SCRIPT}.py")
-        state["args"] = Args(**state["args"])
-        if args is not None:
-            refuse_changes(args, state["args"])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state
-    except Exception as error:  # a cut or foreign file fails in a dozen ways
-        fail(f"{path} is damaged, or does not fit this script or its environment ({type(error).__name__})")
+        raise UsageError(f"there is no checkpoint {str(path)!r}")
+    return path
 
 
-def refuse_changes(args: Args, saved: Args) -> None:
-    """A run that goes on or is played keeps its name and all that it learns from; only its length may grow."""
-    changeable = (HOUSEKEEPING - {"exp_name", "runs_dir"}) | {"total_timesteps"}
-    for name, value in asdict(saved).items():
-        if name not in changeable and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} cannot be changed: the run has {value!r}")
-    if args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps can only grow: the run has {saved.total_timesteps}")
+def read_checkpoint(path: str | Path) -> dict:
+    """What `write_checkpoint` wrote, if it is unchanged to the last byte."""
+    path = checkpoint_path(path)
+    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):  # fails in a dozen ways
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is one of {state['script']}.py")
+        return state | {"args": Args(**state["args"])}
+
+
+def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs, nn.Module]:
+    """A checkpoint's arguments, environments (closed) that it is for, and its network."""
+    state = read_checkpoint(path)
+    args = args or state["args"]
+    with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
+        network = make_network(args, envs)
+    with refusing(f"{path} does not fit {args.env_id}", Exception):
+        network.load_state_dict(state["network"])
+    return args, envs, network.to(args.device)
+
+
+def load_policy(path: str | Path) -> Callable:
+    """The policy of a run, or of a best.pt: a function from one observation to one action.
+
+    Both are as in the environment: `env.step(policy(obs))`.
+    """
+    args, envs, network = load_network(path)
+
+    def policy(obs):
+        row = np.reshape(gym.spaces.flatten(envs.obs_space, obs), (1, *envs.obs.shape[1:]))
+        return (play(args, network, row.astype(envs.obs.dtype)) + envs.first_action)[0]
+
+    return policy
 
 
 def parse_args() -> Args:
-    """The command line; with --resume or --evaluate, its defaults are those in the checkpoint."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", nargs="?")
-    finder.add_argument("--evaluate", nargs="?")
-    found, _ = finder.parse_known_args()
+    """The command line. With --resume or --evaluate, the arguments of that run are the defaults."""
+    words = [re.sub(r"^((?:--.*=)?\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), word)
+             for word in sys.argv[1:]]  # fmt: skip
+    runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
+    run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
     default = Args()
-    if (found.resume is None) != (found.evaluate is None):  # exactly one of the two
-        saved = load_checkpoint(found.evaluate if found.resume is None else found.resume)["args"]
-        default = replace(saved, resume=found.resume, evaluate=found.evaluate)
-    return tyro.cli(Args, default=default, description=(__doc__ or SCRIPT).splitlines()[0])  # -OO drops __doc__
+    if (run.resume is None) != (run.evaluate is None):
+        default = replace(read_checkpoint(run.resume or run.evaluate or "")["args"], **vars(run))
+    # --help shows two groups of arguments: what is learned, and from exp_name on, how it is run.
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Args), re.M))
+    groups, hints = {"algorithm": [], "run": []}, get_type_hints(Args, include_extras=True)
+    for name in asdict(default):
+        group = "run" if name == "exp_name" or groups["run"] else "algorithm"
+        hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
+        groups[group].append((name, hint, getattr(default, name)))
+    parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    command = make_dataclass("Command", fields)
+    doc = __doc__ or SCRIPT  # python -OO leaves no docstring
+    about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
+    parsed = tyro.cli(command, args=words, description="\n\n".join(about))
+    with refusing("arguments", ValueError, RuntimeError, AssertionError):
+        args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+        torch.zeros(1, device=args.device).cpu()  # is there such a device?
+        return args
 
 
 def main() -> None:
+    """Trains or evaluates as the command line says. The last line is the folder of the run."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± is no reason to end
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to end
+    hook = threading.excepthook  # what fails in TensorBoard's thread, its next call raises, too
+    threading.excepthook = lambda args: "tensorboard" in type(args.thread).__module__ or hook(args)
     try:
         args = parse_args()
         if args.evaluate is None:
-            train(args)
+            print(train(args).folder)
         else:
-            envs = make_envs(args)
-            agent = make_agent(args, envs)
-            load_checkpoint(args.evaluate, args, agent=agent)
-            evaluate(args, envs, agent.to(pick_device(args.device)), Path(args.evaluate))
-            print(args.evaluate)
-    except FloatingPointError as error:
-        fail(str(error), code=1)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no error of its own for memory on the CPU
-        if "allocate" not in str(error):
-            raise
-        fail(f"not enough memory: {error}")
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+            folder = checkpoint_path(args.evaluate).parent
+            gif = folder / "episode.gif" if args.capture_video else None
+            evaluate(args, load_network(args.evaluate, args)[-1], gif)
+            print(folder)
+    except UsageError as error:
+        message = " ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{SCRIPT}:", *message.split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"{SCRIPT}: interrupted", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

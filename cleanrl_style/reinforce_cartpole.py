@@ -356,7 +356,7 @@ def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
             raise ImportError("this is no name")
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
-    if render_mode is not None:  # what is missing should not come to light after the training
+    if render_mode is not None:
         with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
             env.reset()
             if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
@@ -475,12 +475,16 @@ class Run:
             stack.callback(envs.close)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(args.num_threads or os.cpu_count())
-            if args.capture_video:
-                make_env(args, "rgb_array").close()
+            if args.capture_video:  # what is missing should not come to light after the training
+                Envs(args, 1, EVALUATION, draw=True).close()
             with refusing("cannot write", OSError):  # for example if another process has the lock
                 new = args.resume is None
                 self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
                 stack.enter_context(FileLock(self.folder / "lock", blocking=False))
+            for part in parts.values():
+                if hasattr(part, "open"):  # it keeps files in the folder
+                    part.open(self.folder, args.resume is not None)
+                    stack.callback(part.close)
             if args.resume is not None:
                 self.load()
             if self.old_result() is not None:  # nothing is left to do

@@ -1,8 +1,9 @@
 """The speed that a script cannot beat: python floor.py SCRIPT FIRST LAST [FLAGS OF THE SCRIPT]
 
-Prints the steps per second that would be left if nothing took time but the emulator, and the multiplications and
-additions of the networks at the rate of this machine's best matrix product. They are counted between the steps FIRST
-and LAST of a training. One thread for scripts that set one, else all cores.
+Prints the steps per second that would be left if nothing took time but the emulator, and the
+multiplications and additions of the networks at the rate of this machine's best matrix product.
+They are counted between the steps FIRST and LAST of a training. One thread for scripts that set
+one, else all cores.
 """
 
 import importlib
@@ -46,7 +47,9 @@ def emulator(script, args, seconds: float = 2.0) -> float:
     if hasattr(script, "STACK"):  # from pixels: N games at a time, in threads of their own
         envs = script.make_envs(args, args.num_envs)
         envs.reset(seed=script.env_seeds(1, (0,), args.num_envs))
-        actions = np.random.default_rng(0).integers(envs.single_action_space.n, size=(500, args.num_envs))
+        actions = np.random.default_rng(0).integers(
+            envs.single_action_space.n, size=(500, args.num_envs)
+        )
         rounds, start = 0, time.perf_counter()
         while time.perf_counter() < start + seconds:
             envs.send(actions[rounds % 500])
@@ -67,7 +70,9 @@ def emulator(script, args, seconds: float = 2.0) -> float:
 if __name__ == "__main__":
     script, first, last = importlib.import_module(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     args = tyro.cli(script.Args, args=sys.argv[4:])
-    fewer, more = (operations(script, replace(args, total_timesteps=steps)) for steps in (first, last))
+    fewer, more = (
+        operations(script, replace(args, total_timesteps=steps)) for steps in (first, last)
+    )
     dtype = torch.bfloat16 if getattr(args, "precision", "") == "bfloat16" else torch.float32
     products = (more - fewer) / (last - first) / best_rate(dtype)  # seconds for one step
     print(1 / (products + emulator(script, args)))

@@ -1,23 +1,33 @@
-"""Runs a script over many seeds, one process per core, and records every learning curve and final evaluation.
+"""Runs a script over many seeds, one process per core, and records all curves and evaluations.
 
-    python tests/benchmarks/learn.py reinforce_cartpole --seeds 1-20
-    python tests/benchmarks/learn.py reinforce_cartpole --seeds 1-20 --env-id Acrobot-v1 --total-timesteps 400000
+    python tests/benchmarks/learn.py SCRIPT --seeds 1-20
+    python tests/benchmarks/learn.py SCRIPT --seeds 1-20 --env-id Acrobot-v1
+    python tests/benchmarks/learn.py --next
 
-Flags that this file does not know go to the script. Finished seeds are kept in runs/, so that a call that was stopped
-goes on where it was: give the same command again. The record is results/<script>__<env-id>.csv beside this file: what was run,
-where and on which versions, in comment lines at its head; then one row for each point (seed, step, return; the
-training return is the mean over 50 equal parts of the run), and two rows per seed at the final step: "eval", and
-"last20", the mean of the last 20 training episodes (which the oldest records lack). With --solved LEVEL there is one
-row more, "solved": the step at which the mean of 20 training episodes in a row first reached that level, and, as its
-return, the minutes that it took. (Early where short games are won games: those end first after a checkpoint has cut
-them all. The row "last20" is fair.)
+SCRIPT is a file's name without .py. Flags that this file does not know go to the script. Finished
+seeds are kept in runs/, so a call that was stopped goes on where it was: give the same command
+again. --next runs the first line of queue.txt, beside this file, whose record does not exist yet.
+
+The record is results/<script>__<env-id>.csv. Other settings for the same environment need another
+--name; --variant says in a few words what they are. Comment lines at the record's head say what
+was run, where and on which versions. A line `# note: ...` may be added by hand: it is shown on the
+page of results, and kept when the seeds are recorded again, as is `# variant: ...`.
+
+Then one row per point: seed, step, return. The training return is the mean over 50 equal parts of
+the run. Two rows per seed are at the final step: "eval", and "last20", the mean of the last 20
+training episodes (the oldest records lack it). With --solved LEVEL there is a row "solved": the
+step at which the mean of 20 training episodes in a row first reached LEVEL, and, as its return,
+the minutes until then.
 """
 
 import argparse
+import ast
 import csv
+import functools
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -30,7 +40,41 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parent.parent / "cleanrl_style"
-POINTS = 50
+QUEUE = HERE / "queue.txt"
+POINTS = 50  # of a curve
+PACKAGES = ("torch", "gymnasium", "numpy", "ale-py", "mujoco")  # whose versions are recorded
+
+
+@functools.cache
+def constant(script: str, name: str) -> dict:
+    """PUBLISHED or SPEED of tests/test_<script>.py; {} if there is none.
+
+    It is read, not imported: those tests set the number of threads, which speed.py must not.
+    """
+    for path in (HERE.parent / f"test_{script}.py", HERE / f"_constants_{script}.py"):
+        for node in ast.parse(path.read_text() if path.exists() else "").body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+                return ast.literal_eval(node.value)
+    return {}
+
+
+def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The comment lines at the head, and the rows."""
+    lines = path.read_text().splitlines()
+    head = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    return head, list(csv.DictReader(line for line in lines if not line.startswith("# ")))
+
+
+def write_csv(path: Path, head: dict[str, str], rows: list[list]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+@functools.cache
+def default_environment(script: str) -> str:
+    return re.search(r'env_id: str = "(.*?)"', (SCRIPTS / f"{script}.py").read_text())[1]
 
 
 def seeds(text: str) -> list[int]:
@@ -39,40 +83,48 @@ def seeds(text: str) -> list[int]:
 
 
 def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, float]:
-    """Trains one seed, or goes on with it; returns its folder and the wall time in seconds, start-up included."""
+    """Trains one seed, or goes on with it: its folder, and the wall time with start-up, in s."""
     runs_dir = runs / str(seed)
     done = runs_dir / "wall_time"
     if done.exists():
         run_dir, wall = done.read_text().split("\n")
         return Path(run_dir), float(wall)
     begun = sorted(runs_dir.glob("*/checkpoint.pt"))
-    flags = ["--resume", str(begun[-1].parent)] if begun else [*flags, "--seed", str(seed), "--runs-dir", str(runs_dir)]
+    if begun:
+        flags = ["--resume", str(begun[-1].parent)]
+    else:
+        flags = [*flags, "--seed", str(seed), "--runs-dir", str(runs_dir)]
+    command = [sys.executable, SCRIPTS / f"{script}.py", *flags]
     start = time.perf_counter()
-    process = subprocess.run([sys.executable, SCRIPTS / f"{script}.py", *flags], capture_output=True, text=True)
+    process = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - start
     assert process.returncode == 0, process.stderr
     run_dir = process.stdout.splitlines()[-1]
-    wall = clock(run_dir)[-1][1] if begun else wall  # this was but the last part; the training's time has to do
+    if begun:  # this was only the last part: take the time of training, without start-up
+        wall = clock(run_dir)[-1][1]
     done.write_text(f"{run_dir}\n{wall}")
     print(f"seed {seed}: {wall:.1f} s, {process.stdout.splitlines()[-2]}", flush=True)
     return Path(run_dir), wall
 
 
 def clock(run_dir: str | Path) -> list[tuple[int, float]]:
-    """(step, seconds of training until then), without the time that passed between the parts of a resumed run."""
+    """(step, seconds of training until then), without the pauses between parts of a resumed run."""
     points = [(0, 0.0)]
-    for file in sorted(Path(run_dir).glob("events.out.tfevents.*")):  # one for each part, by the time of its start
+    # One file for each part, by the time of its start.
+    for file in sorted(Path(run_dir).glob("events.out.tfevents.*")):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
         if "charts/SPS" not in events.Tags()["scalars"]:
             continue  # it was killed before its first point
-        part = [(event.step, event.wall_time - events.FirstEventTimestamp()) for event in events.Scalars("charts/SPS")]
-        points = [point for point in points if point[0] < part[0][0]]  # what came after the checkpoint was lost
+        start = events.FirstEventTimestamp()
+        part = [(event.step, event.wall_time - start) for event in events.Scalars("charts/SPS")]
+        # What came after the checkpoint was lost.
+        points = [point for point in points if point[0] < part[0][0]]
         points += [(step, points[-1][1] + seconds) for step, seconds in part]
     return points
 
 
 def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], tuple[int, float]]:
-    """The training returns in POINTS equal parts of the run, and the evaluation: (step, return) each."""
+    """Training returns in POINTS equal parts of the run, and the evaluation: (step, return)."""
     training = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
     evaluation = events.Scalars("eval/episodic_return")[-1]
     edges = np.linspace(0, evaluation.step, POINTS + 1)
@@ -84,8 +136,8 @@ def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], tuple[int,
     return points, (evaluation.step, evaluation.value)
 
 
-def solved(events: EventAccumulator, times: list[tuple[int, float]], level: float) -> tuple[int, float] | None:
-    """The first step at which the last 20 training episodes have a mean of level, and the minutes it took."""
+def solved(events, times: list[tuple[int, float]], level: float) -> tuple[int, float] | None:
+    """First step at which the last 20 training episodes have a mean of level, and the minutes."""
     episodes = events.Scalars("charts/episodic_return")
     for last in range(20, len(episodes) + 1):
         if np.mean([event.value for event in episodes[last - 20 : last]]) >= level:
@@ -107,52 +159,75 @@ def found(package: str) -> bool:
         return False
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], Path]:
+    """Our own flags, the script's, and the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("script", help="its file name without .py")
     parser.add_argument("--seeds", type=seeds, default=seeds("1-20"), help="first-last")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--name", default="", help="of the record, if not the environment's id")
-    parser.add_argument("--solved", type=float, help="a training return; the record says when it was reached")
-    ours, flags = parser.parse_known_args()
-    source = (SCRIPTS / f"{ours.script}.py").read_text()
-    env_id = dict(zip(flags, flags[1:])).get("--env-id") or re.search(r'env_id: str = "(.*?)"', source)[1]
+    parser.add_argument("--variant", help="what is different, in a few words")
+    parser.add_argument("--solved", type=float, help="record when training returns reached this")
+    ours, flags = parser.parse_known_args(arguments)
+    env_id = dict(zip(flags, flags[1:])).get("--env-id") or default_environment(ours.script)
     name = f"{ours.script}__{ours.name or env_id.replace('/', '-')}"
-    record = HERE / "results" / f"{name}.csv"
-    rows = record.read_text().splitlines() if record.exists() else []
-    if len({row.split(",")[0] for row in rows if row[0].isdigit()}) > len(ours.seeds):
-        parser.error(f"{record} has more seeds: remove it first, or give another --name")
-    runs = Path("runs") / "learn" / name
+    return ours, flags, HERE / "results" / f"{name}.csv"
+
+
+def next_in_queue() -> list[str] | None:
+    """The arguments on the first line of queue.txt whose record does not exist yet."""
+    for line in QUEUE.read_text().splitlines():
+        arguments = shlex.split(line, comments=True)
+        if arguments and not parse(arguments)[2].exists():
+            return arguments
+    return None
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["--next"]:
+        arguments = next_in_queue()
+        if arguments is None:
+            print(f"everything in {QUEUE} has its record")
+            return
+        print(shlex.join(arguments), flush=True)
+    ours, flags, record = parse(arguments)
+    old, rows = read_csv(record) if record.exists() else ({}, [])
+    if len({row["seed"] for row in rows}) > len(ours.seeds):
+        sys.exit(f"{record} has more seeds: remove it first, or give another --name")
+    runs = Path("runs") / "learn" / record.stem
     with ThreadPoolExecutor(ours.jobs) as pool:
         results = list(pool.map(lambda seed: run(ours.script, flags, seed, runs), ours.seeds))
     walls = [wall for _, wall in results]
+    packages = [f"{package} {version(package)}" for package in PACKAGES if found(package)]
+    at_a_time = f"{ours.jobs} run{'s' if ours.jobs > 1 else ''} at a time"
     head = {
-        "command": " ".join(["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed SEED"]),
+        "command": shlex.join(
+            ["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed", "SEED"]
+        ),
+        "variant": ours.variant or old.get("variant"),
+        "note": old.get("note"),
         "seeds": f"{ours.seeds[0]}-{ours.seeds[-1]}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {os.cpu_count()} cores, {ours.jobs} run{'s' if ours.jobs > 1 else ''} at a time",
-        "versions": f"Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy", "ale-py", "mujoco") if found(name)),
-        "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, from start-up to evaluation",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {at_a_time}",
+        "versions": f"Python {platform.python_version()}, " + ", ".join(packages),
+        "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, "
+        "from start-up to evaluation",
     }
     if ours.solved is not None:
         head["solved"] = f"the mean of 20 training episodes is {ours.solved:g} or more"
-    (HERE / "results").mkdir(exist_ok=True)
-    with open(record, "w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in head.items())
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["seed", "step", "return", "kind"])
-        for seed, (run_dir, _) in zip(ours.seeds, results):
-            events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-            points, (step, value) = curve(events)
-            rows.writerows([seed, s, f"{v:.6g}", "train"] for s, v in points)
-            rows.writerow([seed, step, f"{value:.6g}", "eval"])
-            last = [event.value for event in events.Scalars("charts/episodic_return")[-20:]]
-            rows.writerow([seed, step, f"{np.mean(last):.6g}", "last20"])
-            if ours.solved is not None and (reached := solved(events, clock(run_dir), ours.solved)):
-                rows.writerow([seed, reached[0], f"{reached[1]:.2f}", "solved"])
+    rows = [["seed", "step", "return", "kind"]]
+    for seed, (run_dir, _) in zip(ours.seeds, results):
+        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+        points, (step, value) = curve(events)
+        rows += [[seed, s, f"{v:.6g}", "train"] for s, v in points]
+        rows.append([seed, step, f"{value:.6g}", "eval"])
+        last = [event.value for event in events.Scalars("charts/episodic_return")[-20:]]
+        rows.append([seed, step, f"{np.mean(last):.6g}", "last20"])
+        if ours.solved is not None and (reached := solved(events, clock(run_dir), ours.solved)):
+            rows.append([seed, reached[0], f"{reached[1]:.2f}", "solved"])
+    write_csv(record, {key: value for key, value in head.items() if value}, rows)
     print(record)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

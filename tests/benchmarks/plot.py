@@ -1,284 +1,426 @@
-"""Draws the records in results/, writes the tables of README.md and results/speed.md: python tests/benchmarks/plot.py
+"""Draws the records in results/, and writes the tables of README.md and of results/README.md.
 
-Thin lines are seeds, the thick line is their mean, the band its 95% bootstrap interval over the seeds.
+    python tests/benchmarks/plot.py
+
+Tables stand between comments such as <!-- results --> and <!-- end -->. All other text on these
+pages is written by hand and stays. Nothing here names a script: what a row says comes from the
+script's docstring, its records, and PUBLISHED and SPEED in tests/test_<script>.py.
+
+PUBLISHED = {"CartPole-v1": "CleanRL 490.0 (500k), ..."} has what others published, by the name of
+the record after <script>__. The first of these that is recorded is the script's row in README.md;
+without any, it is the record of the default environment.
 """
 
 import argparse
-import csv
+import ast
+import functools
 import re
+import textwrap
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import ale_py
+import gymnasium as gym
 import numpy as np
+from learn import SCRIPTS, constant, default_environment, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
-ALGORITHMS = {
-    "reinforce_cartpole": "REINFORCE with a baseline (Williams 1992); flat observations, discrete actions",
-    "dqn_cartpole": "Deep Q-learning, double if asked (Mnih et al. 2015, van Hasselt et al. 2016); flat, discrete",
-    "dqn_atari": "Deep Q-learning from pixels (Mnih et al. 2015)",
-    "ppo_cartpole": "Proximal policy optimisation (PPO, Schulman et al. 2017); flat, discrete",
-    "ppo_continuous": "PPO for continuous actions (Schulman et al. 2017); flat observations",
-    "ppo_atari": "PPO from pixels (Schulman et al. 2017)",
-}
-# What others published, with the steps it took: CleanRL's training returns (docs.cleanrl.dev), and the greedy policies
-# of RL Baselines3 Zoo (its benchmark.md).
-PUBLISHED = {
-    "dqn_cartpole__CartPole-v1": "CleanRL 488.7 (500k), Zoo 500 (50k)",
-    "ppo_cartpole__CartPole-v1": "CleanRL 490.0 (500k), Zoo 500 (100k)",
-    "dqn_cartpole__Acrobot-v1": "CleanRL -91.5 (500k), Zoo -76.6 (100k)",
-    "ppo_cartpole__Acrobot-v1": "CleanRL -86.4 (500k), Zoo -73.5 (1M)",
-    "dqn_cartpole__MountainCar-v0": "CleanRL -195.0 (500k), Zoo -100.8 (120k)",
-    "ppo_cartpole__MountainCar-v0": "CleanRL -200.0 (500k), Zoo -110.4 (1M)",
-    "ppo_continuous__Pendulum-v1": "Zoo -172 (100k)",
-    "ppo_continuous__HalfCheetah-v5": "CleanRL 1443, Zoo 5819 (1M, older versions)",
-    "ppo_continuous__Hopper-v5": "CleanRL 2383, Zoo 2410 (1M, older versions)",
-    "ppo_continuous__Walker2d-v5": "CleanRL 2288, Zoo 3479 (1M, older versions)",
-    "dqn_atari__ALE-Pong-v5": "CleanRL 20.3, Zoo 20.6 (10M)",
-    "dqn_atari__ALE-Breakout-v5": "Dopamine 18.9 with Adam, 6.7 with RMSProp (1M, sticky actions)",
-    "ppo_atari__ALE-Pong-v5": "CleanRL 20.4, Zoo 21.0 (10M)",
-    "ppo_atari__ALE-Breakout-v5": "CleanRL 414.7, Zoo 398 (10M)",
-}
-# Records of other settings have a name with one of these at its end; in the table it means:
-VARIANTS = {"-textbook": ", textbook form", "-uncut": ", gradients not cut, constant learning rate", "-float32": ", float32"}
-COLORS = {"reinforce": ("REINFORCE", "tab:green"), "dqn": ("DQN", "tab:orange"), "ppo": ("PPO", "tab:blue")}
+gym.register_envs(ale_py)
 
-# Mean training return of Dopamine's DQN on Breakout, with sticky actions, over 5 seeds, in each 250k steps, of which the
-# middle is given here: github.com/google/dopamine, commit 5873f54, baselines/atari/data/breakout.json.
+# One picture and one headline for each, told by where Gymnasium finds the environment.
+GROUPS = {"classic_control": "Classic control", "mujoco": "MuJoCo", "ale_py": "Atari"}
+OTHERS = "Other environments"
+
+# Dashed and dotted lines in the pictures: a level, or a curve of (step, return). "Solved" is
+# Gymnasium's. The others are published: CleanRL's training returns (docs.cleanrl.dev), the greedy
+# policies of RL Baselines3 Zoo (its benchmark.md), and Dopamine's mean training return over 5 seeds
+# in each 250k steps, here at their middle (github.com/google/dopamine, commit 5873f54,
+# baselines/atari/data/breakout.json). This is also the order of the environments.
 MIDDLES = [125_000, 375_000, 625_000, 875_000]
-DOPAMINE = {
-    "Dopamine's DQN, Adam": list(zip(MIDDLES, [1.79, 6.52, 15.23, 18.86])),
-    "Dopamine's DQN, RMSProp": list(zip(MIDDLES, [1.64, 3.06, 3.94, 6.69])),
-}
-
-# Each picture: its file, and per panel the environment, a line with a label, where that stands, and the y axis. In place
-# of the line, there may be curves by their labels.
-PICTURES = {
-    "classic_control.png": {
-        "CartPole-v1": (475, "solved: 475", "left", "bottom", (0, 520)),
-        "Acrobot-v1": (-86.4, "CleanRL's PPO, 500k steps: -86.4", "right", "top", (-510, -50)),
-        "MountainCar-v0": (-110.4, "RL Zoo's PPO, 1M steps: -110.4", "right", "bottom", (-205, -80)),
-        "Pendulum-v1": (-172, "RL Zoo's PPO, 100k steps: -172", "right", "bottom", (-1700, 0)),
-    },
-    "mujoco.png": {
-        "HalfCheetah-v5": (1443, "CleanRL's PPO, 1M steps: 1443", "right", "top", (-700, 6000)),
-        "Hopper-v5": (2383, "CleanRL's PPO, 1M steps: 2383", "left", "bottom", (0, 3600)),
-        "Walker2d-v5": (2288, "CleanRL's PPO, 1M steps: 2288", "left", "bottom", (0, 5400)),
-    },
-    "atari.png": {
-        "ALE-Pong-v5": (20.4, "CleanRL's PPO, 10M steps: 20.4", "left", "bottom", (-22, 24)),
-        "ALE-Breakout-v5": (DOPAMINE, "", "left", "bottom", (0, 140)),
+LINES = {
+    "CartPole-v1": {"solved: 475": 475},
+    "Acrobot-v1": {"CleanRL's PPO, 500k steps: -86.4": -86.4},
+    "MountainCar-v0": {"RL Zoo's PPO, 1M steps: -110.4": -110.4},
+    "Pendulum-v1": {"RL Zoo's PPO, 100k steps: -172": -172},
+    "HalfCheetah-v5": {"CleanRL's PPO, 1M steps: 1443": 1443},
+    "Hopper-v5": {"CleanRL's PPO, 1M steps: 2383": 2383},
+    "Walker2d-v5": {"CleanRL's PPO, 1M steps: 2288": 2288},
+    "ALE/Pong-v5": {"CleanRL's PPO, 10M steps: 20.4": 20.4},
+    "ALE/Breakout-v5": {
+        "Dopamine's DQN, Adam": list(zip(MIDDLES, [1.79, 6.52, 15.23, 18.86])),
+        "Dopamine's DQN, RMSProp": list(zip(MIDDLES, [1.64, 3.06, 3.94, 6.69])),
     },
 }
 
 
-def read(name: str) -> tuple[dict[str, str], dict[int, list[tuple[int, float]]], dict[int, float]]:
-    """A record's head, its training curves by seed, its evaluations by seed."""
+# ---- Records ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    name: str  # <script>__<environment, or another name>
+    head: dict[str, str]
+    curves: dict[int, list[tuple[int, float]]]  # (step, training return) by seed
+    evaluations: dict[int, float]  # return by seed
+    last20: list[float]  # mean of the last 20 training episodes of each seed
+    steps: int  # at the end
+
+    @property
+    def script(self) -> str:
+        return self.name.split("__")[0]
+
+    @property
+    def env_id(self) -> str:
+        found = re.search(r"--env-id (\S+)", self.head["command"])
+        return found[1] if found else default_environment(self.script)
+
+    @property
+    def variant(self) -> str:
+        return self.head.get("variant", "")
+
+
+def read(name: str) -> Record:
     head, rows = read_csv(RESULTS / f"{name}.csv")
-    curves, evaluations = {}, {}
+    curves, evaluations, last20 = {}, {}, []
     for row in rows:
+        seed, step, value = int(row["seed"]), int(row["step"]), float(row["return"])
         if row["kind"] == "train":
-            curves.setdefault(int(row["seed"]), []).append((int(row["step"]), float(row["return"])))
+            curves.setdefault(seed, []).append((step, value))
         elif row["kind"] == "eval":
-            evaluations[int(row["seed"])] = float(row["return"])
-    return head, curves, evaluations
+            evaluations[seed] = value
+        elif row["kind"] == "last20":
+            last20.append(value)
+    steps = max(int(row["step"]) for row in rows)
+    return Record(name, head, curves, evaluations, last20, steps)
 
 
-def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """The comment lines at the head, and the rows."""
-    lines = path.read_text().splitlines()
-    head = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    return head, list(csv.DictReader(line for line in lines if not line.startswith("# ")))
+def records() -> list[Record]:
+    """All of them: by script, the one that README.md shows first, variants last."""
+    found = [read(path.stem) for path in RESULTS.glob("*.csv")]
+    return sorted(found, key=lambda record: (scripts().index(record.script), place(record)))
 
 
-def records() -> list[str]:
-    """The names of all records, in the order of the scripts."""
-    names = [path.stem for path in RESULTS.glob("*.csv")]
-    return sorted(names, key=lambda name: (list(ALGORITHMS).index(name.split("__")[0]), name))
+def place(record: Record) -> tuple:
+    published = list(constant(record.script, "PUBLISHED"))
+    name = record.name.split("__")[1]
+    first = published.index(name) if name in published else len(published)
+    other = record.env_id != default_environment(record.script)
+    return bool(record.variant), first, other, name
 
 
 def interval(values: np.ndarray, samples: int = 2000) -> np.ndarray:
     """95% bootstrap interval of the mean over the first axis, the seeds."""
-    choices = np.random.default_rng(0).integers(len(values), size=(samples, len(values)))
+    size = (samples, len(values))
+    choices = np.random.default_rng(0).integers(len(values), size=size)
     return np.percentile(values[choices].mean(1), [2.5, 97.5], axis=0)
 
 
-def summary(name: str) -> str:
-    """For example '497.1 (491.2 to 499.8)': mean of the evaluations and the range of all seeds, if there are several."""
-    _, _, evaluations = read(name)
-    values = list(evaluations.values())
+def summary(record: Record) -> str:
+    """For example '497.1 (491.2 to 499.8)': the mean of the evaluations, worst to best seed."""
+    values = list(record.evaluations.values())
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def last20(name: str) -> str:
-    """For example '18.8 to 19.4 in the last 20 training games', over the seeds; '' if the record is not about that."""
-    head, rows = read_csv(RESULTS / f"{name}.csv")
-    values = [float(row["return"]) for row in rows if row["kind"] == "last20"]
-    return f"{min(values):.1f} to {max(values):.1f} in the last 20 training games" if "solved" in head else ""
+def last20(record: Record) -> str:
+    """For example '18.8 to 19.4 in the last 20 training games', if the record is about that."""
+    if "solved" not in record.head:
+        return ""
+    low, high = min(record.last20), max(record.last20)
+    return f"{low:.1f} to {high:.1f} in the last 20 training games"
 
 
-# ---- Tables ---------------------------------------------------------------------------------------------------------
+def short(number: int) -> str:
+    """A number of steps: 104k, 1M, 1.5M, in which few are left out."""
+    thousands = round(number / 1000)
+    return f"{thousands}k" if thousands < 999.5 else f"{thousands / 1000:.3g}M"
 
 
-def results_table() -> str:
-    """One row for each record."""
-    lines = [
-        "| Environment | Script | Return | 95% interval | Worst to best seed | Seeds | Steps | Time | Others (steps) |",
-        "|-|-|-:|-|-|-:|-:|-:|-|",
-    ]
-    environments = [environment for panels in PICTURES.values() for environment in panels]
+def wall_time(record: Record) -> str:
+    seconds = float(re.search(r"median ([\d.]+) s", record.head["wall time"])[1])
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
-    def place(name: str) -> int:
-        return next(i for i, environment in enumerate(environments) if name.split("__")[1].startswith(environment))
 
-    for name in sorted(records(), key=place):
-        script, title = name.split("__")
-        head, curves, evaluations = read(name)
-        values = np.array(list(evaluations.values()))
+# ---- Scripts and environments -------------------------------------------------------------------
+
+
+@functools.cache
+def docstring(script: str) -> str:
+    return ast.get_docstring(ast.parse((SCRIPTS / f"{script}.py").read_text()))
+
+
+def paper(script: str) -> str:
+    """For example 'Williams (1992)'."""
+    return re.search(r"^Paper\s+(.+?\(\d{4}\))", docstring(script), re.MULTILINE)[1]
+
+
+@functools.cache
+def scripts() -> list[str]:
+    """All, in the order of their papers."""
+    names = [path.stem for path in SCRIPTS.glob("*.py")]
+    return sorted(names, key=lambda script: (paper(script)[-5:], script))
+
+
+def label(record: Record, beside: list[Record]) -> str:
+    """The algorithm's name, or the script's, if another script among these has that, too."""
+    algorithm = record.script.split("_")[0]
+    those = {other.script for other in beside if other.script.split("_")[0] == algorithm}
+    name = algorithm.upper() if len(those) == 1 else record.script
+    return f"{name}, {record.variant}" if record.variant else name
+
+
+def color(script: str) -> str:
+    """By the algorithm. With this salt the ten that are best known have ten colors."""
+    algorithm = script.split("_")[0]
+    return f"C{zlib.crc32(f'1471471{algorithm}'.encode()) % 10}"
+
+
+def group(env_id: str) -> str:
+    entry_point = str(getattr(gym.registry.get(env_id), "entry_point", ""))
+    return next((title for part, title in GROUPS.items() if part in entry_point), OTHERS)
+
+
+def picture(title: str) -> str:
+    """The file's name of a group's picture."""
+    return f"{title.lower().replace(' ', '_')}.png"
+
+
+def environments() -> dict[str, dict[str, list[Record]]]:
+    """All records, by group and environment."""
+    found = {title: {} for title in [*GROUPS.values(), OTHERS]}
+    by_env_id = {}
+    for record in records():
+        by_env_id.setdefault(record.env_id, []).append(record)
+    known = list(LINES)
+    order = sorted(by_env_id, key=lambda e: (known.index(e) if e in known else len(known), e))
+    for env_id in order:
+        found[group(env_id)][env_id] = by_env_id[env_id]
+    return {title: members for title, members in found.items() if members}
+
+
+# ---- Tables of returns --------------------------------------------------------------------------
+
+
+def scripts_table() -> str:
+    """One row for each script: what it is, the first of its records, its speed."""
+    lines = ["| Script | Result | Speed |", "|-|-|-:|"]
+    for script in scripts():
+        what = docstring(script).splitlines()[0].rstrip(".")
+        cell = f"[{script}.py](cleanrl_style/{script}.py)<br>{what}; {paper(script)}"
+        record = next((record for record in records() if record.script == script), None)
+        result = "–"
+        if record:
+            mean = np.mean(list(record.evaluations.values()))
+            result = f"{record.env_id}: **{mean:.1f}** after "
+            result += f"{short(record.steps)} steps, {wall_time(record)}"
+        lines.append(f"| {cell} | {result} | {equal_speed(script)} |")
+    return "\n".join(lines)
+
+
+def results() -> str:
+    """For each group its picture; for each environment a table, and what is to be said of it."""
+    parts = []
+    for title, members in environments().items():
+        text = f"Learning curves on {', '.join(members)}"
+        parts.append(f"## {title}\n\n![{text}]({picture(title)})")
+        for env_id, found in members.items():
+            parts += [f"### {env_id}", environment_table(found)]
+            notes = [note for record in found if (note := environment_note(record, found))]
+            parts += ["\n".join(notes)] if notes else []
+    return "\n\n".join(parts)
+
+
+def environment_table(found: list[Record]) -> str:
+    lines = ["| | Return (95% interval) | Seeds: worst to best | Steps, time |", "|-|-|-|-|"]
+    for record in found:
+        values = np.array(list(record.evaluations.values()))
         low, high = interval(values)
-        band = f"{low:.1f} to {high:.1f}" if len(values) >= 5 else ""  # of three, it is from worst to best
-        extremes = f"{values.min():.1f} to {values.max():.1f}" if len(values) > 1 else ""
-        title = title.replace("ALE-", "ALE/")
-        for ending, meaning in VARIANTS.items():
-            title = title.replace(ending, meaning)
-        steps = max(int(row["step"]) for row in read_csv(RESULTS / f"{name}.csv")[1])
-        seconds = float(re.search(r"median ([\d.]+) s", head["wall time"])[1])
-        time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+        # The bootstrap interval of three seeds is from the worst to the best.
+        band = f" ({low:.1f} to {high:.1f})" if len(values) >= 5 else ""
+        spread = f": {values.min():.1f} to {values.max():.1f}" if len(values) > 1 else ""
         lines.append(
-            f"| {title} | {script}.py | **{values.mean():.1f}** | {band} | {extremes} | {len(values)} | {round(steps, -3) // 1000:,}k | {time} | {PUBLISHED.get(name, '')} |"
+            f"| [{label(record, found)}]({record.name}.csv) | **{values.mean():.1f}**{band} "
+            f"| {len(values)}{spread} | {short(record.steps)}, {wall_time(record)} |"
         )
     return "\n".join(lines)
 
 
-def speeds(group: str) -> tuple[dict[str, str], dict[str, list[tuple[float, float]]]]:
-    """The head, and for each program (steps/s, GB) in all rounds."""
-    head, rows = read_csv(RESULTS / "speed" / f"{group}.csv")
+def environment_note(record: Record, beside: list[Record]) -> str:
+    published = constant(record.script, "PUBLISHED").get(record.name.split("__")[1], "")
+    parts = [f"elsewhere {published}" if published else "", last20(record)]
+    parts = ["; ".join(part for part in parts if part), record.head.get("note", "")]
+    text = " ".join(f"{part[0].upper()}{part[1:]}." for part in parts if part)
+    return f"- **{label(record, beside)}.** {text}" if text else ""
+
+
+# ---- Tables of speeds ---------------------------------------------------------------------------
+
+
+def speeds(script: str) -> tuple[dict[str, str], dict[str, list[tuple[float, float]]]]:
+    """The head of its measurements, and for each program (steps/s, GB) in all rounds."""
+    path = RESULTS / "speed" / f"{script}.csv"
+    head, rows = read_csv(path) if path.exists() else ({}, [])
     programs = {}
     for row in rows:
-        programs.setdefault(row["name"], []).append((float(row["steps/s"]), float(row["memory"])))
+        measured = float(row["steps/s"]), float(row["memory"])
+        programs.setdefault(row["name"], []).append(measured)
     return head, programs
 
 
-def ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], part: int) -> float:
-    """Median over the rounds, of the speeds (part 0) or of the memory (part 1)."""
-    return median(a[part] / b[part] for a, b in zip(ours, theirs))
+def ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> float:
+    """Of the speeds: median over the rounds."""
+    return median(a / b for (a, _), (b, _) in zip(ours, theirs))
 
 
-def scripts_table() -> str:
-    """One row for each script; speed and memory beside its peers, where they were measured."""
-    lines = [
-        "| Script | Algorithm | Lines | Speed, × CleanRL | Speed, × SB3 | Memory, × CleanRL; SB3 |",
-        "|-|-|-:|-:|-:|-:|",
-    ]
-    for script, algorithm in ALGORITHMS.items():
-        group = script.removesuffix("_cartpole")
-        programs = speeds(group)[1]
-        variants = [name for name in programs if name.startswith(f"{script}.py")]
-        cells = []
-        for peer, part in (("CleanRL", 0), ("Stable-Baselines3", 0), ("CleanRL", 1), ("Stable-Baselines3", 1)):
-            theirs = next((rounds for name, rounds in programs.items() if name.startswith(peer)), None)
-            ratios = [f"{ratio(programs[name], theirs, part):.{1 + part}f}" for name in variants] if theirs else ["–"]
-            others = [f"{name.split(', ')[1]}: {number}" for name, number in zip(variants[1:], ratios[1:])]
-            cells.append(ratios[0] + (f" ({', '.join(others)})" if others and not part else ""))
-        cells[2:] = ["; ".join(cells[2:]) if cells[2] != "–" else "–"]
-        count = len((ROOT / "cleanrl_style" / f"{script}.py").read_text().splitlines())
-        lines.append(f"| [{script}.py](cleanrl_style/{script}.py) | {algorithm} | {count} | {' | '.join(cells)} |")
+def equal_to(script: str, peer: str) -> str:
+    """The name of our variant that runs under the same conditions as that peer."""
+    return f"{script}.py, {constant(script, 'SPEED')['peers'][peer]['equal']}"
+
+
+def equal_speed(script: str) -> str:
+    """Our speed by CleanRL's under equal conditions, or –."""
+    programs = speeds(script)[1]
+    for peer in programs:
+        if peer.startswith("CleanRL's") and equal_to(script, peer) in programs:
+            return f"{ratio(programs[equal_to(script, peer)], programs[peer]):.1f} ×"
+    return "–"
+
+
+def speed() -> str:
+    """All measurements: what their heads have in common, then one table for each script."""
+    heads = {script: speeds(script)[0] for script in scripts() if speeds(script)[0]}
+    lines = [set(head.items()) for head in heads.values()]
+    common = set.intersection(*lines) if lines else set()
+    parts = ["Unless a table says otherwise:"]
+    parts += ["\n".join(f"- {key}: {value}" for key, value in sorted(common))]
+    for script, head in heads.items():
+        own = [f"{key}: {value}." for key, value in head.items() if (key, value) not in common]
+        parts += [f"### {script}.py", *own, speed_table(script)]
+    return "\n\n".join(parts)
+
+
+def speed_table(script: str) -> str:
+    programs = speeds(script)[1]
+    peers = [peer for peer in constant(script, "SPEED")["peers"] if peer in programs]
+    names = {peer: peer.replace("Stable-Baselines3", "SB3").split("'s ")[0] for peer in peers}
+    columns = "".join(f" × {name} |" for name in names.values())
+    lines = [f"| | Steps/s |{columns} GB |", f"|-|-|{'-:|' * len(peers)}-:|"]
+    for program, rounds in programs.items():
+        values, memory = [value for value, _ in rounds], max(gb for _, gb in rounds)
+        cells = [names.get(program, program.replace(f"{script}.py", "ours"))]
+        cells += [f"{median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"]
+        for peer in peers:
+            number = f"{ratio(rounds, programs[peer]):.1f}"
+            cells += [f"**{number}**" if program == equal_to(script, peer) else number]
+        lines.append(f"| {' | '.join([*cells, '' if np.isnan(memory) else f'{memory:.2f}'])} |")
+    missing = [names[peer] for peer in peers if equal_to(script, peer) not in programs]
+    if missing:
+        lines += ["", f"Not measured yet: ours under the conditions of {' and '.join(missing)}."]
     return "\n".join(lines)
 
 
-def times_the_tutorial() -> str:
-    """For example '14 times': the speed of REINFORCE's default run by that of the usual tutorial's program."""
-    tutorial, default, *_ = speeds("reinforce")[1].values()
-    return f"{ratio(default, tutorial, 0):.0f} times"
+# ---- Pages --------------------------------------------------------------------------------------
 
 
-def speed_page() -> str:
-    """All measurements of speed, one table for each group."""
-    parts = [
-        "# Speed\n\nEnvironment steps per second of whole trainings, measured by [speed.py](../speed.py), which says how, "
-        "and with which settings. Times the first row: median over the rounds of the ratio in each round. Memory: peak of "
-        "the whole process. The floor is the speed that is left if only the emulator and the networks' matrix products, at "
-        "the machine's best rate, take time. On CartPole, CleanRL's DQN has one environment, Stable-Baselines3's and ours "
-        "have ten; on Breakout, theirs have one, ours eight. All others have the same number."
-    ]
-    for group in sorted(path.stem for path in (RESULTS / "speed").glob("*.csv")):
-        head, programs = speeds(group)
-        lines = [f"## {group}", "", ". ".join(f"{key}: {value}" for key, value in head.items()) + ".", ""]
-        lines += ["| | steps/s, median | lowest to highest | times the first row | memory, GB |", "|-|-:|-:|-:|-:|"]
-        first = next(iter(programs.values()))
-        for name, rounds in programs.items():
-            values, memory = [speed for speed, _ in rounds], max(gigabytes for _, gigabytes in rounds)
-            lines.append(
-                f"| {name} | {median(values):,.0f} | {min(values):,.0f} to {max(values):,.0f} "
-                f"| {ratio(rounds, first, 0):.1f} | {'' if np.isnan(memory) else f'{memory:.2f}'} |"
-            )
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+def fill(page: str, name: str, content: str) -> str:
+    """The page with this content between <!-- name --> and the next <!-- end -->."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+    assert len(re.findall(pattern, page, re.DOTALL)) == 1, f"no place for {name}"
+    return re.sub(pattern, lambda m: f"{m[1]}\n{content}\n\n{m[2]}", page, flags=re.DOTALL)
 
 
-def with_tables(readme: str) -> str:
-    """README.md with its tables as the records say. Each stands after a comment with its name."""
-    for name, table in (("scripts", scripts_table()), ("results", results_table())):
-        readme, count = re.subn(rf"(<!-- {name} -->\n\n)(?:\|.*\n)*\n?", lambda found: f"{found[1]}{table}\n\n", readme)
-        assert count == 1, f"README.md has no place for the table of {name}"
-    return readme
+def pages() -> dict[Path, str]:
+    """What the pages have to say, by their file."""
+    readme, page = ROOT / "README.md", RESULTS / "README.md"
+    return {
+        readme: fill(readme.read_text(), "scripts", scripts_table()),
+        page: fill(fill(page.read_text(), "results", results()), "speed", speed()),
+    }
 
 
-# ---- Pictures -------------------------------------------------------------------------------------------------------
+# ---- Pictures -----------------------------------------------------------------------------------
 
 
-def draw(file: str, panels: dict) -> None:
+def panels(members: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """By its title. Runs that are five times as long get a panel of their own, or none is seen."""
+    found = {}
+    for env_id, those in members.items():
+        title, shortest = env_id.removeprefix("ALE/"), None
+        for record in sorted(those, key=lambda record: record.steps):
+            if shortest and record.steps >= 5 * shortest:
+                title, shortest = f"{env_id.removeprefix('ALE/')}, {short(record.steps)}", None
+            shortest = shortest or record.steps
+            found.setdefault(title, []).append(record)
+    return found
+
+
+def draw(title: str, members: dict[str, list[Record]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    columns = 3 if len(panels) == 3 else min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows), layout="constrained", squeeze=False)
-    for axis, (title, (level, text, side, edge, limits)) in zip(axes.flat, panels.items()):
-        ends = []
-        for algorithm, (label, color) in COLORS.items():
-            for name in (name for name in records() if re.fullmatch(rf"{algorithm}_\w+__{title}", name)):
-                _, curves, _ = read(name)
-                ends.append(min(points[-1][0] for points in curves.values()))
-                steps = np.linspace(0, ends[-1], 101)[1:]
-                values = np.array([np.interp(steps, *np.array(points).T) for points in curves.values()])
-                axis.plot(steps, values.T, color=color, linewidth=0.4, alpha=0.3)
-                axis.fill_between(steps, *interval(values), color=color, alpha=0.25, linewidth=0)
-                axis.plot(steps, values.mean(0), color=color, linewidth=2, label=f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")
-            for name in (name for name in records() if re.fullmatch(rf"{algorithm}_\w+__{title}-uncut", name)):
-                _, curves, _ = read(name)
-                for points in curves.values():
-                    ends.append(points[-1][0])
-                    axis.plot(*zip(*points), color=color, linewidth=1, label=f"{label}{VARIANTS['-uncut']}")
-        if isinstance(level, dict):
-            for (name, points), style in zip(level.items(), ("--", ":")):
-                axis.plot(*zip(*points), color="black", linewidth=0.8, linestyle=style, label=name)
-            level = 0
-        else:
-            axis.axhline(level, color="black", linewidth=0.8, linestyle="--")
-        place = (0.01 if side == "left" else 0.99, level), (0, 2 if edge == "bottom" else -3)
-        axis.annotate(text, place[0], place[1], ("axes fraction", "data"), "offset points", ha=side, va=edge, fontsize=8)
-        axis.set(title=title.replace("ALE-", ""), xlim=(0, max(ends)), ylim=limits)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1000:.0f}k" if x else "0")
-        axis.legend(loc="upper left" if "Breakout" in title else "lower right", fontsize=9, frameon=False)
-    figure.supxlabel("environment steps", fontsize=11)
-    figure.supylabel("training return", fontsize=11)
-    figure.savefig(RESULTS / file, dpi=150)
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    plt.rcParams.update({"font.size": 12, "legend.fontsize": 10.5, **spines})
+    drawn = panels(members)
+    rows = -(-len(drawn) // 2)
+    entries = max(len(found) + len(LINES.get(found[0].env_id, {})) for found in drawn.values())
+    size = (8.8, (3 + 0.25 * entries) * rows)
+    figure, axes = plt.subplots(rows, 2, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_axis_off()
+    for axis, (name, found) in zip(axes.flat, drawn.items()):
+        draw_panel(axis, sorted(found, key=lambda r: (scripts().index(r.script), bool(r.variant))))
+        axis.set_title(name)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("training return")
+    figure.savefig(RESULTS / picture(title), dpi=150)
     plt.close(figure)
+
+
+def draw_panel(axis, found: list[Record]) -> None:
+    """Thin lines are seeds, a thick one is their mean, the band its 95% interval over the seeds.
+
+    Of a variant only the mean is drawn, by a thin line.
+    """
+    ends, drawn = [], []
+    for record in found:
+        seeds = len(record.curves)
+        ends.append(min(points[-1][0] for points in record.curves.values()))
+        steps = np.linspace(0, ends[-1], 101)[1:]
+        values = np.array([np.interp(steps, *zip(*points)) for points in record.curves.values()])
+        text = f"{label(record, found)}, {seeds} seed{'s' * (seeds > 1)}"
+        text = textwrap.fill(text, 40)
+        # Others of the same color are told apart by their line.
+        earlier = [other for other in drawn if color(other.script) == color(record.script)]
+        drawn.append(record)
+        own = {"color": color(record.script), "linestyle": ("-", "--", "-.", ":")[len(earlier) % 4]}
+        if record.variant:
+            axis.plot(steps, values.mean(0), linewidth=1, label=text, **own)
+            continue
+        axis.plot(steps, values.T, linewidth=0.4, alpha=0.3, **own)
+        axis.fill_between(steps, *interval(values), alpha=0.25, linewidth=0, **own)
+        axis.plot(steps, values.mean(0), linewidth=2, label=text, **own)
+    for (text, line), style in zip(LINES.get(found[0].env_id, {}).items(), ("--", ":")):
+        points = line if isinstance(line, list) else [(0, line), (max(ends), line)]
+        axis.plot(*zip(*points), color="black", linewidth=0.8, linestyle=style, label=text)
+    axis.set_xlim(0, max(ends))
+    axis.xaxis.set_major_formatter(lambda x, _: short(round(x)) if x else "0")
+    axis.set_xlabel("environment steps")
+    # Below the panel, where it can hide nothing.
+    axis.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.17), frameon=False, labelspacing=0.3)
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for file, panels in PICTURES.items():
-        draw(file, panels)
-    (ROOT / "README.md").write_text(with_tables((ROOT / "README.md").read_text()))
-    (RESULTS / "speed.md").write_text(speed_page())
-    for name in records():
-        head, _, _ = read(name)
-        print(f"{name}: {summary(name)}; {last20(name)}; wall time {head['wall time']}")
+    for title, members in environments().items():
+        draw(title, members)
+    for path, text in pages().items():
+        path.write_text(text)
+    for record in records():
+        print(f"{record.name}: {summary(record)}; {last20(record)}; {record.head['wall time']}")

@@ -1,8 +1,9 @@
-"""REINFORCE as tutorials have it, to compare speed and learning with: python tutorial_reinforce.py SEED STEPS
+"""REINFORCE as tutorials have it, to compare with: python tutorial_reinforce.py SEED STEPS
 
-One episode per update, one forward pass per step whose graph is kept for the gradient, returns as they are, Adam with
-a step size of 1e-3. It is what a reader of the tutorial that this collection began with would run today, after mending
-only what no longer runs. Prints steps per second after the first tenth, and the mean return of the last 100 episodes.
+One episode per update, one forward pass per step whose graph is kept for the gradient, returns as
+they are, Adam with a step size of 1e-3. It is what a reader of the tutorial that this collection
+began with would run today, after mending only what no longer runs. Prints steps per second after
+the first tenth, and the mean return of the last 100 episodes.
 """
 
 import sys
@@ -46,7 +47,9 @@ def main(seed, total_steps, gamma=0.99):
         for reward in reversed(rewards):
             following = reward + gamma * following
             returns.insert(0, following)
-        loss = torch.stack([-log_prob * g for log_prob, g in zip(log_probs, torch.tensor(returns))]).sum()
+        loss = torch.stack(
+            [-log_prob * g for log_prob, g in zip(log_probs, torch.tensor(returns))]
+        ).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
