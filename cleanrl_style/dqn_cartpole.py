@@ -333,8 +333,9 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
-    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-    return float(returns.mean()), float(lengths.mean())
+    mean, deviation = returns.mean(), returns.std()
+    tqdm.write(f"Evaluation: return {mean:.1f} ± {deviation:.1f} over {len(returns)} episodes")
+    return float(mean), float(lengths.mean())
 
 
 # ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------

@@ -282,7 +282,8 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
     The gradient is 0 where the ratio is clipped and has moved as A asks for. Where it has moved
     the other way, the minimum is the unclipped term, and the gradient brings it back.
     """
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
 def clipped_value_loss(
@@ -451,8 +452,9 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
-    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-    return float(returns.mean()), float(lengths.mean())
+    mean, deviation = returns.mean(), returns.std()
+    tqdm.write(f"Evaluation: return {mean:.1f} ± {deviation:.1f} over {len(returns)} episodes")
+    return float(mean), float(lengths.mean())
 
 
 # ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------

@@ -280,7 +280,8 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
     The gradient is 0 where the ratio is clipped and has moved as A asks for. Where it has moved
     the other way, the minimum is the unclipped term, and the gradient brings it back.
     """
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
 class Batch(NamedTuple):
@@ -306,7 +307,8 @@ def make_batch(
     means, values = agent(obs)
     _, next_values = agent(next_obs)
     log_probs, _ = log_prob_and_entropy(means, agent.log_std, actions)
-    advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+    ends = terminated, truncated
+    advantages = gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     columns = obs, actions, log_probs, advantages, advantages + values
     return Batch(*(column.flatten(0, 1) for column in columns))
 
@@ -438,8 +440,9 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
-    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-    return float(returns.mean()), float(lengths.mean())
+    mean, deviation = returns.mean(), returns.std()
+    tqdm.write(f"Evaluation: return {mean:.1f} ± {deviation:.1f} over {len(returns)} episodes")
+    return float(mean), float(lengths.mean())
 
 
 # ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------

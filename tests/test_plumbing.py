@@ -450,7 +450,7 @@ def test_what_cannot_fit_is_refused(bench, run_dir, change):
 def test_two_processes_cannot_train_in_one_folder(bench):
     process, folder = start(bench, f"{TINY} --total-timesteps 1000000", 2)
     try:
-        is_refused(bench.run(f"--resume {folder}"), str(folder / "lock"))
+        is_refused(bench.run(f"--resume {folder}", timeout=30), str(folder / "lock"))
         assert process.poll() is None
         assert bench.run(f"--evaluate {folder} --eval-episodes 1").code == 0
     finally:
