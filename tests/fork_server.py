@@ -41,6 +41,7 @@ def become(arguments: list[str], folder: str, environment: dict, out: str, err: 
     os.environ.update(environment)
     random.seed()
     np.random.seed()
+    torch.seed()  # a new process always has the same one: a script that forgets to seed is found
     sys.argv, sys.path[0] = arguments, folder
 
 
