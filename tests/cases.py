@@ -5,6 +5,7 @@ What should happen with each stands with it. Their ids are cases:Compass-v0 and 
 
 import os
 import socket
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -257,6 +258,16 @@ class Disconnects(Line):
     def step(self, action):
         if self.total == 300 and not os.path.exists("mended"):
             raise ConnectionResetError(104, "Connection reset by peer")
+        return super().step(action)
+
+
+class Sleeps(Line):
+    """A step takes for ever. The second Ctrl-C ends it."""
+
+    def step(self, action):
+        if self.total == 300:
+            open("asleep", "w").close()
+            time.sleep(3600)
         return super().step(action)
 
 
