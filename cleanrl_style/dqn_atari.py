@@ -71,6 +71,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 gym.register_envs(ale_py)
@@ -511,8 +512,9 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
-    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-    return float(returns.mean()), float(lengths.mean())
+    mean, deviation = returns.mean(), returns.std()
+    tqdm.write(f"Evaluation: return {mean:.1f} ± {deviation:.1f} over {len(returns)} episodes")
+    return float(mean), float(lengths.mean())
 
 
 # ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------
@@ -553,7 +555,8 @@ def check(args: "Args") -> None:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if type(value) not in (str, int, float, bool, type(None)):
             raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
-        str(value).encode()  # raises a ValueError if it is not UTF-8
+        with refusing(flag, UnicodeError):  # bytes that are not UTF-8 cannot be printed or saved
+            str(value).encode()
         if hasattr(hint, "__metadata__"):
             kind, (low, high) = hint.__origin__, hint.__metadata__
             if not (isinstance(value, int | kind) and low <= value <= high):
@@ -566,12 +569,13 @@ def make_gym_env(args: Args, render_mode: str | None) -> gym.Env:
     """The environment, with a time limit."""
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-    errors = gym.error.Error, ImportError, *([TypeError, ValueError] if args.env_kwargs != "{}" else [])
-    with refusing(f"cannot make the environment {args.env_id!r} with {args.env_kwargs}", *errors):
+    errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
+    what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+    with refusing(what, gym.error.Error, ImportError, *errors):
         if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
             raise ImportError("this is no name")
-        kwargs = json.loads(args.env_kwargs)
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     if render_mode is not None:
         with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
             env.reset()
@@ -673,8 +677,8 @@ class Envs:
                 self.obs, _, _, _, info = self.envs[0].recv()
                 self.lives = info["lives"]
         if self.steps > 0 and not np.array_equal(saved, self.obs):
-            print("Warning: an episode was not the same when it was repeated. The run goes on, "
-                  "but not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+            print("Warning: an episode was not the same when it was repeated. The run goes on, but "
+                  "not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
 
     def send(self, actions: np.ndarray) -> None:
         """Hands over actions (N,)."""
@@ -761,7 +765,7 @@ class Run:
     def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
         self.args, self.envs, self.network = args, envs, network
         self.parts = {"envs": envs, "network": network} | parts  # what a checkpoint holds
-        self.seconds, self.best, self.saved_step = 0.0, -math.inf, -1
+        self.seconds, self.best_return, self.saved_step = 0.0, -math.inf, -1
         self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
         with contextlib.ExitStack() as stack:  # closes what is open if something fails
             stack.callback(envs.close)
@@ -770,7 +774,8 @@ class Run:
             if args.capture_video:  # what is missing should not come to light after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with refusing("cannot write", OSError):  # for example if another process has the lock
-                self.folder = make_folder(args) if args.resume is None else Path(args.resume)
+                new = args.resume is None
+                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
                 stack.enter_context(FileLock(self.folder / "lock", blocking=False))
             for part in parts.values():
                 if hasattr(part, "open"):  # it keeps files in the folder
@@ -778,12 +783,17 @@ class Run:
                     stack.callback(part.close)
             if args.resume is not None:
                 self.load()
+            if self.old_result() is not None:  # nothing is left to do
+                self.stack = stack.pop_all()
+                return
             envs.reset()
             self.first_step, self.start = envs.steps, time.perf_counter()
-            self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
-            stack.callback(self.writer.close)
-            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", envs.steps)
+            rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
+            table = "\n".join(f"|{name}|{value}|" for name, value in rows)
+            with refusing("cannot write the log", OSError):
+                self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+                stack.callback(self.close_log)
+                self.writer.add_text("hyperparameters", table, envs.steps)
             moves = sys.stderr.isatty() or "ipykernel" in sys.modules  # else: few lines in a log
             self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
                             unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
@@ -821,8 +831,9 @@ class Run:
         return self.envs.steps < self.args.total_timesteps
 
     def is_due(self, frequency: int) -> bool:
-        """Whether this round of the loop has passed a multiple of so many steps."""
-        return frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        """Whether this round has passed a multiple of so many steps. `finish` cares for the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        return passed and self.envs.steps < self.args.total_timesteps
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Writes metrics and the episodes that have ended, moves the bar, looks for NaN."""
@@ -846,58 +857,74 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint. It changes nothing in the run, so this may happen at any step."""
         self.log({})
-        self.writer.flush()  # the log must not lag behind the checkpoint
+        with refusing("cannot write the log", OSError):
+            self.writer.flush()  # the log must not lag behind the checkpoint
         seconds = self.seconds + time.perf_counter() - self.start
-        state = {"best": self.best, "seconds": seconds, "random_state": torch.get_rng_state()}
+        state = {"seconds": seconds, "random_state": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
         self.saved_step = self.envs.steps
 
     def load(self) -> None:
         """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
-        state = read_checkpoint(self.folder)
-        with refusing(f"the checkpoint in {self.folder} does not fit", Exception):
-            self.seconds, self.best = float(state["seconds"]), float(state["best"])
+        state = read_checkpoint(self.args.resume)
+        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+            self.seconds = float(state["seconds"])
             torch.set_rng_state(state["random_state"])
             for name, part in self.parts.items():
                 if isinstance(part, torch.optim.Optimizer):
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
         self.saved_step = self.envs.steps
+        if (self.folder / "best.pt").exists():
+            self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
 
-    def evaluate(self) -> None:
-        """Evaluates while training, and keeps the best network so far in best.pt."""
-        mean, length = evaluate(self.args, self.network)
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        """Evaluates, logs the means, and keeps the best network so far in best.pt."""
+        mean, length = evaluate(self.args, self.network, gif)
         self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
-        if mean > self.best:
-            self.best, state = mean, {"network": self.network.state_dict()}
+        if mean > self.best_return:
+            self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
             write_checkpoint(self.folder / "best.pt", self.args, state)
+        return mean, length
+
+    def old_result(self) -> Result | None:
+        """The result of a run that had ended before it was resumed, and has no steps left."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            result = Result(**json.loads((self.folder / "result.json").read_text()))
+            if result.steps == self.envs.steps >= self.args.total_timesteps:
+                return result._replace(folder=str(self.folder))
+        return None
 
     def finish(self) -> Result:
         """Saves, evaluates, and writes result.json and the last points of the log."""
-        path, steps = self.folder / "result.json", self.envs.steps
-        if steps > self.saved_step:
-            self.save()
-        elif path.exists() and json.loads(path.read_text())["steps"] == steps:
+        if (old := self.old_result()) is not None:
             print("This run has ended. To train it further, give a larger --total-timesteps.")
-            return Result(**json.loads(path.read_text()) | {"folder": str(self.folder)})
+            return old
+        self.save()
         seconds = self.seconds + time.perf_counter() - self.start
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
-        mean, length = evaluate(self.args, self.network, gif)
-        if gif is not None:  # add_image would show a still picture
-            image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
-            summary = Summary(value=[Summary.Value(tag="eval/episode", image=image)])
-            self.writer.file_writer.add_summary(summary, steps)
-        self.log({"eval/episodic_length": length})
+        mean, length = self.evaluate(gif)
         # The tab HPARAMS: first which script it was, and its result.
         row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
         row = {name: value for name, value in row.items() if value is not None}
-        self.writer.add_hparams(row, {"eval/episodic_return": mean}, run_name=".", global_step=steps)
-        result = Result(str(self.folder), mean, length, steps, seconds)
-        with refusing("cannot write", OSError):
-            path.write_text(json.dumps(result._asdict()))
+        summaries = list(hparams(row, {"eval/episodic_return": mean}))
+        result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
+        with refusing("cannot write the result", OSError):
+            if gif is not None:  # add_image would show a still picture
+                image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+                summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, self.envs.steps)
+            self.writer.flush()
+            (self.folder / "result.json").write_text(json.dumps(result._asdict()))
         return result
+
+    def close_log(self) -> None:
+        """On a full disk, this fails once more: that is no news."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
 
 
 def make_folder(args: Args) -> Path:
@@ -936,7 +963,7 @@ def read_checkpoint(path: str | Path) -> dict:
     with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):  # fails in a dozen ways
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of a stranger
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         if state["script"] != SCRIPT:
             raise ValueError(f"it is one of {state['script']}.py")
         return state | {"args": Args(**state["args"])}
@@ -969,7 +996,8 @@ def load_policy(path: str | Path) -> Callable:
 
 def parse_args() -> Args:
     """The command line. With --resume or --evaluate, the arguments of that run are the defaults."""
-    words = [re.sub(r"^(\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), w) for w in sys.argv[1:]]
+    words = [re.sub(r"^((?:--.*=)?\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), word)
+             for word in sys.argv[1:]]  # fmt: skip
     runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
     run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
     default = Args()
@@ -983,7 +1011,8 @@ def parse_args() -> Args:
         hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
         groups[group].append((name, hint, getattr(default, name)))
     parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
-    command = make_dataclass("Command", [(n, tyro.conf.OmitArgPrefixes[p]) for n, p in parts.items()])
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    command = make_dataclass("Command", fields)
     doc = __doc__ or SCRIPT  # python -OO leaves no docstring
     about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
     parsed = tyro.cli(command, args=words, description="\n\n".join(about))
@@ -997,6 +1026,8 @@ def main() -> None:
     """Trains or evaluates as the command line says. The last line is the folder of the run."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to end
+    hook = threading.excepthook  # what fails in TensorBoard's thread, its next call raises, too
+    threading.excepthook = lambda args: "tensorboard" in type(args.thread).__module__ or hook(args)
     try:
         args = parse_args()
         if args.evaluate is None:

@@ -13,6 +13,24 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+# The description for the common tests: README.md explains it.
+TINY = (
+    "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 300 --eval-frequency 700 "
+    "--eval-episodes 4 --learning-starts 200 --buffer-size 1000 --train-frequency 8"
+)
+OWN = "discrete"
+OWN_FLAGS = "--total-timesteps 6000"
+WRONG_SPACES = ["Pendulum-v1"]
+DIVERGES = "--learning-rate 1e30"
+BAD = [
+    ("--tau 1.1", "--tau"),
+    ("--learning-starts 5", "--batch-size"),
+    ("--buffer-size 10", "--buffer-size"),
+    ("--total-timesteps 500", "--total-timesteps"),
+    ("--buffer-size 1e15", "--buffer-size"),
+]
+LEARNS = [("--seed 1", 195)]  # most seeds reach 500
+
 # ---- linear_epsilon -------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.distributions import Categorical
 
+# The description for the common tests: README.md explains it.
+TINY = (
+    "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 4 "
+    "--num-minibatches 2 --update-epochs 2 --norm-obs --norm-reward"
+)
+OWN = "discrete"
+OWN_FLAGS = "--total-timesteps 10000"
+WRONG_SPACES = ["Pendulum-v1"]
+DIVERGES = "--learning-rate 1e30"
+BAD = [("--num-steps 0", "--num-steps"), ("--num-minibatches 129", "--num-minibatches"), ("--vf-coef nan", "--vf-coef")]
+LEARNS = [("--seed 1", 475)]  # what Gymnasium calls solved
+
 # ---- gae ------------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,20 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Independent, MultivariateNormal, Normal
 
+# The description for the common tests: README.md explains it.
+TINY = (
+    "--total-timesteps 4000 --num-envs 2 --checkpoint-frequency 700 --eval-frequency 1100 "
+    "--eval-episodes 4 --num-steps 128 --num-minibatches 4 --update-epochs 2"
+)
+OWN = "continuous"
+OWN_FLAGS = "--total-timesteps 20000 --num-steps 64 --num-minibatches 4"
+WRONG_SPACES = ["CartPole-v1", "cases:HugeBounds-v0"]
+DIVERGES = "--learning-rate 1e30"
+BAD = [("--num-steps 0", "--num-steps"), ("--gae-lambda 1.1", "--gae-lambda")]
+LEARNS = [
+    ("--env-id cases:Aim-v0 --total-timesteps 80000 --num-steps 256 --num-minibatches 8", 9),
+]
+
 # ---- The policy -----------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,19 @@ import reinforce_cartpole as script
 import torch
 from torch import nn
 
+# The description for the common tests: README.md explains it.
+TINY = "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 4"
+OWN = "discrete"
+OWN_FLAGS = "--total-timesteps 10000"
+WRONG_SPACES = ["Pendulum-v1"]
+DIVERGES = "--env-id cases:Rich-v0"  # a large --learning-rate only makes it deterministic
+BAD = [("--num-envs 1", "--no-normalize-returns"), ("--gamma 1.5", "--gamma")]
+LEARNS = [
+    ("--seed 1", 475),  # what Gymnasium calls solved
+    ("--env-id Acrobot-v1 --total-timesteps 400000", -100),
+    ("--num-envs 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3", 60),  # chance: 22
+]
+
 # ---- discounted_returns ---------------------------------------------------------------------------------------------
 
 
