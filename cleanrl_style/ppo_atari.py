@@ -509,8 +509,8 @@ def make_gym_env(args: Args, render_mode: str | None) -> gym.Env:
     with refusing(f"cannot make the environment {args.env_id!r} with {args.env_kwargs}", *errors):
         if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
             raise ImportError("this is no name")
-        kwargs = json.loads(args.env_kwargs)
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     if render_mode is not None:
         with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
             env.reset()
