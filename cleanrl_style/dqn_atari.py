@@ -366,7 +366,9 @@ class ReplayBuffer:
         row = self.rows_written % self.num_rows
         if self.num_rows <= self.rows_written < self.saved_rows + self.num_rows:
             with refusing(f"cannot write to {self.folder}", OSError):
-                self.journal.write(self.file[row])  # the row belongs to the checkpoint
+                row_bytes = self.file[row].nbytes  # of a row that belongs to the checkpoint
+                if self.journal.write(self.file[row]) < row_bytes:
+                    raise OSError("the disk is full")
         self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
         values = actions, np.sign(rewards), terminated, truncated, np.minimum(ages, STACK - 1)
         for name, column in zip(self.COLUMNS, values):
