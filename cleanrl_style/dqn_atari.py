@@ -48,6 +48,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -349,7 +350,9 @@ class ReplayBuffer:
         self.folder, path = folder, folder / "replay.frames"
         shape = self.num_rows, self.num_envs, 84 * 84
         if not resume:
-            with open(path, "wb") as file:
+            with refusing(f"cannot make {path}", OSError), open(path, "wb") as file:
+                if math.prod(shape) > shutil.disk_usage(folder).free:  # or it would be filled first
+                    raise OSError(f"--buffer-size needs {math.prod(shape) / 1e9:.1f} GB of disk")
                 if hasattr(os, "posix_fallocate"):  # a full disk fails now, not hours later
                     os.posix_fallocate(file.fileno(), 0, math.prod(shape))
                 file.truncate(math.prod(shape))
