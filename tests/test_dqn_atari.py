@@ -1,10 +1,9 @@
-"""What dqn_atari.py has of its own: replay buffer, network, updates, and a loop that learns what was played.
+"""The replay buffer of dqn_atari.py, its network and updates, and its loop.
 
 Its environments and its evaluation are tested in test_games.py.
 """
 
 import time
-from dataclasses import replace
 
 import dqn_atari as script
 import games
@@ -19,12 +18,14 @@ from torch import nn
 TINY = (
     "--total-timesteps 2400 --num-envs 4 --buffer-size 600 --learning-starts 200 --batch-size 8 "
     "--train-frequency 8 --target-network-frequency 100 --exploration-fraction 0.5 --norm-obs "
-    "--checkpoint-frequency 500 --eval-frequency 1000 --eval-episodes 2 --eval-epsilon 0.5 --num-threads 1"
+    "--checkpoint-frequency 500 --eval-frequency 1000 --eval-episodes 2 --eval-epsilon 0.5 "
+    "--num-threads 1"
 )
 OWN = "pixels"
 OWN_FLAGS = (
-    "--total-timesteps 2000 --learning-starts 200 --buffer-size 2000 --learning-rate 1e-3 --batch-size 8 "
-    "--exploration-fraction 0.5 --target-network-frequency 100 --gamma 0.5 --eval-epsilon 0 --num-threads 1"
+    "--total-timesteps 2000 --learning-starts 200 --buffer-size 2000 --learning-rate 1e-3 "
+    "--batch-size 8 --exploration-fraction 0.5 --target-network-frequency 100 --gamma 0.5 "
+    "--eval-epsilon 0 --num-threads 1"
 )
 WRONG_SPACES = ["CartPole-v1", "Pendulum-v1"]
 DIVERGES = "--learning-rate 1e30"
@@ -34,6 +35,15 @@ BAD = [
     ("--total-timesteps 1000", "--total-timesteps"),
     ("--loss cubed", "--loss"),
     ("--tau 1.5", "--tau"),
+]
+CATCH = (
+    "--env-id cases:Catch-v0 --total-timesteps 8000 --buffer-size 8000 --learning-starts 500 "
+    "--learning-rate 5e-4 --exploration-fraction 0.5 --target-network-frequency 400 "
+    "--batch-size 16 --eval-episodes 100 --eval-epsilon 0 --num-threads 1"
+)
+LEARNS = [
+    (f"{CATCH} --precision float32", 0.9),  # from pixels; chance: -0.5
+    (f"{CATCH} --double-q --loss squared --tau 0.5 --norm-obs", 0.9),
 ]
 # What others published, by the record's name after `<script>__`: shown beside our results.
 PUBLISHED = {
@@ -127,7 +137,7 @@ def keys_of(batch):
 @pytest.mark.parametrize("rows", [8, 19, 20, 21, 50, 173, 310])
 def test_exactly_what_was_played_is_drawn(tmp_path, rows):
     """Before the buffer is full, and after: no frame from before a game, the true next observation,
-    no truncated step. Only the three oldest rows, which may lack frames, and the newest are left out.
+    no truncated step. The three oldest rows, which may lack frames, and the newest are left out.
     """
     torch.manual_seed(rows)
     buffer = new_buffer(tmp_path)
@@ -152,7 +162,7 @@ def test_every_transition_is_drawn_as_often_as_any_other(tmp_path):
 
 def saved(buffer):
     """A checkpoint, as on disk: what happens to the buffer later does not change it."""
-    return {name: value if isinstance(value, int) else value.clone() for name, value in buffer.state_dict().items()}
+    return {name: games.copied(value) for name, value in buffer.state_dict().items()}
 
 
 @pytest.mark.parametrize("before", [0, 3, 19, 20, 47])
@@ -166,8 +176,9 @@ def test_a_buffer_goes_back_to_its_checkpoint(tmp_path, before, after):
     state, frames, rows = saved(buffer), buffer.file.copy(), min(before, R)
     for _ in range(3):
         Stream(buffer).play(after)
-        (path,) = {*tmp_path.glob("replay.journal-*")} - {tmp_path / "replay.journal-0"} or {tmp_path / "replay.journal-0"}
-        assert path.name == f"replay.journal-{before}" and path.stat().st_size <= buffer.file.nbytes
+        path = tmp_path / f"replay.journal-{before}"
+        overwritten = max(before + min(after, R) - max(before, R), 0)
+        assert path.stat().st_size == overwritten * N * 84 * 84
         with open(path, "ab") as file:
             file.write(b"half a row")
         buffer = new_buffer(tmp_path, resume=True)
@@ -191,7 +202,8 @@ def test_the_older_checkpoint_fits_if_the_newer_one_was_not_written(tmp_path):
     for rows in 2, 4:
         Stream(buffer).play(rows)
         saved(buffer)
-    assert {path.name for path in tmp_path.glob("*.journal-*")} == {"replay.journal-32", "replay.journal-36"}
+    left = {path.name for path in tmp_path.glob("*.journal-*")}
+    assert left == {"replay.journal-32", "replay.journal-36"}
 
 
 def test_256_actions_and_rewards_of_any_size_are_kept(tmp_path):
@@ -233,7 +245,7 @@ def test_files_that_are_missing_or_of_another_size_are_named(tmp_path):
 
 
 def test_a_full_disk_loses_no_row(tmp_path, monkeypatch):
-    """The row that was to be overwritten is still there if the journal has no room for all of it."""
+    """The row that was to be overwritten is still there if the journal has no room for it."""
     buffer = new_buffer(tmp_path)
     stream = Stream(buffer)
     stream.play(R)
@@ -251,6 +263,10 @@ def test_a_full_disk_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(script.os, "posix_fallocate", no_room)
     with pytest.raises(ValueError, match="No space left"):
         new_buffer(tmp_path)
+    usage = type("Usage", (), {"free": R * N * 84 * 84 - 1})
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match="--buffer-size needs 0.0 GB of disk"):
+        new_buffer(tmp_path)
 
 
 def test_drawing_32_transitions_takes_less_than_2_ms(tmp_path):
@@ -267,11 +283,15 @@ def test_drawing_32_transitions_takes_less_than_2_ms(tmp_path):
 
 def test_learning_starts_when_a_transition_can_be_drawn():
     """After 8 rows, of which 4 may be drawn; at least one of them is not truncated."""
-    for least in ({"num_envs": 8, "learning_starts": 64}, {"batch_size": 90, "learning_starts": 90},
-                  {"learning_starts": 100, "total_timesteps": 101, "buffer_size": 100}):  # fmt: skip
-        script.Args(**least)
+    script.Args(num_envs=8, learning_starts=64), script.Args(batch_size=90, learning_starts=90)
+    script.Args(learning_starts=100, total_timesteps=101, buffer_size=100)
+    for settings in (
+        {"num_envs": 8, "learning_starts": 63}, {"batch_size": 91, "learning_starts": 90},
+        {"learning_starts": 100, "total_timesteps": 100},
+        {"learning_starts": 100, "buffer_size": 99},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="--learning-starts"):
-            script.Args(**least | {"learning_starts": least["learning_starts"] - 1, "buffer_size": 62})
+            script.Args(**settings)
 
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -281,7 +301,8 @@ def random_batch(size=8):
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(0, 256, (size, 5, 84, 84), dtype=torch.uint8, generator=generator)
     actions = torch.randint(0, 4, (size,), generator=generator)
-    return script.Batch(frames[:, :-1], actions, torch.ones(size), frames[:, 1:], torch.arange(size) % 3 == 0)
+    rewards, ends = torch.ones(size), torch.arange(size) % 3 == 0
+    return script.Batch(frames[:, :-1], actions, rewards, frames[:, 1:], ends)
 
 
 def make_network(num_actions=4, bfloat16=False, norm_obs=False):
@@ -298,7 +319,8 @@ def test_the_network_is_that_of_the_paper():
     for i, stride in enumerate((4, 2, 1)):
         x = F.conv2d(x, weights[2 * i], weights[2 * i + 1], stride).relu()
     x = F.linear(x.flatten(1), weights[6], weights[7]).relu()
-    torch.testing.assert_close(network(obs), F.linear(x, weights[8], weights[9]), rtol=1e-4, atol=1e-5)
+    expected = F.linear(x, weights[8], weights[9])
+    torch.testing.assert_close(network(obs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_network_sees_reaches_its_last_layer():
@@ -394,7 +416,8 @@ class Table(nn.Module):
 
 
 def stacks(states):
-    return torch.from_numpy(np.stack([np.stack([picture(0)] * 3 + [picture(state)]) for state in states]))
+    frames = [np.stack([picture(0)] * 3 + [picture(state)]) for state in states]
+    return torch.from_numpy(np.stack(frames))
 
 
 def test_actions_are_epsilon_greedy():
@@ -422,8 +445,9 @@ def test_updates_find_the_values_of_a_small_markov_chain():
     )  # fmt: skip
     for settings in ({}, {"double_q": True, "loss": "squared"}):
         q_network, target_network = Table(np.zeros((3, 2))), Table(np.zeros((3, 2)))
-        optimizer, args = torch.optim.SGD(q_network.parameters(), lr=1.0), script.Args(gamma=0.8, **settings)
+        optimizer = torch.optim.SGD(q_network.parameters(), lr=1.0)
         for _ in range(600):
+            args = script.Args(gamma=0.8, **settings)
             script.update(q_network, target_network, optimizer, batch, args)
             script.update_target(target_network, q_network, 0.5)
         found = q_network.values.detach()
@@ -433,22 +457,24 @@ def test_updates_find_the_values_of_a_small_markov_chain():
 def test_losses_and_targets_by_hand():
     """State 0, action 1, reward 3, to state 1, where the networks disagree about the best action.
 
-    y is 3 + 0.5 * 10 = 8, with double Q-learning 3 + 0.5 * 4 = 5, and 3 at an end. Q is 0.5. Huber's
-    loss is the error less 1/2 beyond 1, with gradient 1; the square's gradient is twice the error.
-    Gradients left over from before do not count.
+    y is 3 + 0.5 * 10 = 8, with double Q-learning 3 + 0.5 * 4 = 5, and 3 at an end. Q is 0.5.
+    Huber's loss is the error less 1/2 beyond 1, with gradient 1; the square's gradient is twice
+    the error. Gradients left over from before do not count.
     """
     for settings, end, loss, value in (
         ({}, False, 7.0, 1.5), ({"double_q": True}, False, 4.0, 1.5), ({}, True, 2.0, 1.5),
         ({"loss": "squared"}, False, 7.5**2, 15.5),
     ):  # fmt: skip
-        q_network, target_network = Table([[0.0, 0.5], [1.0, 2.0]]), Table([[9.0, 9.0], [10.0, 4.0]])
+        q_network, target = Table([[0.0, 0.5], [1.0, 2.0]]), Table([[9.0, 9.0], [10.0, 4.0]])
         q_network.values.grad = torch.ones(2, 2)
-        batch = script.Batch(stacks([0]), torch.tensor([1]), torch.tensor([3.0]), stacks([1]), torch.tensor([end]))
+        actions, rewards, ends = torch.tensor([1]), torch.tensor([3.0]), torch.tensor([end])
+        batch = script.Batch(stacks([0]), actions, rewards, stacks([1]), ends)
         optimizer = torch.optim.SGD(q_network.parameters(), lr=1.0)
-        metrics = script.update(q_network, target_network, optimizer, batch, script.Args(gamma=0.5, **settings))
+        args = script.Args(gamma=0.5, **settings)
+        metrics = script.update(q_network, target, optimizer, batch, args)
         assert metrics == {"losses/td_loss": loss, "losses/q_values": 0.5}
         assert q_network.values.tolist() == [[0.0, value], [1.0, 2.0]]
-        assert target_network.values.tolist() == [[9.0, 9.0], [10.0, 4.0]]
+        assert target.values.tolist() == [[9.0, 9.0], [10.0, 4.0]]
 
 
 @pytest.mark.parametrize("loss, losses, gradients", [
@@ -473,7 +499,8 @@ def test_longer_gradients_are_clipped_as_one_vector(limit):
     network = make_network()
     before = [weights.detach().clone() for weights in network.parameters()]
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    script.update(network, make_network(), optimizer, random_batch(), script.Args(max_grad_norm=limit))
+    args = script.Args(max_grad_norm=limit)
+    script.update(network, make_network(), optimizer, random_batch(), args)
     moves = [weights.detach() - old for weights, old in zip(network.parameters(), before)]
     move = torch.cat([part.flatten() for part in moves]).norm().item()
     assert move == pytest.approx(0.01, rel=1e-2) if limit == 0.01 else move > 0.1
@@ -483,8 +510,8 @@ def test_longer_gradients_are_clipped_as_one_vector(limit):
 def test_the_target_network_moves_by_tau(tau):
     target, source = Table([[1.0, 2.0]]), Table([[3.0, -2.0]])
     script.update_target(target, source, tau)
-    assert target.values.tolist() == [[1 + 2 * tau, 2 - 4 * tau]] and source.values.tolist() == [[3.0, -2.0]]
-    assert target.values.grad_fn is None
+    assert target.values.tolist() == [[1 + 2 * tau, 2 - 4 * tau]] and target.values.grad_fn is None
+    assert source.values.tolist() == [[3.0, -2.0]]
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -493,9 +520,9 @@ def test_the_target_network_moves_by_tau(tau):
 def train(tmp_path, **changes):
     """400 steps in games of the diary. Returns the run's folder."""
     few = dict(
-        env_id="Diary-v0", total_timesteps=400, num_envs=2, buffer_size=300, learning_starts=40, batch_size=4,
-        train_frequency=4, target_network_frequency=40, eval_episodes=2, checkpoint_frequency=150,
-        precision="float32", learning_rate=3e-3, num_threads=1,
+        env_id="Diary-v0", total_timesteps=400, num_envs=2, buffer_size=300, learning_starts=40,
+        batch_size=4, train_frequency=4, target_network_frequency=40, eval_episodes=2,
+        checkpoint_frequency=150, precision="float32", learning_rate=3e-3, num_threads=1,
     )  # fmt: skip
     return games.train(script, script.Args(**few | changes, runs_dir=str(tmp_path)))
 
@@ -512,37 +539,41 @@ def test_what_is_learned_from_is_what_was_played(tmp_path, monkeypatch):
 
 def test_all_that_was_played_can_be_learned_from(tmp_path, monkeypatch):
     """But for truncated steps, and the newest row and the three oldest."""
-    buffers, opened = [], script.ReplayBuffer.open
-    monkeypatch.setattr(script.ReplayBuffer, "open", lambda self, *a: buffers.append(self) or opened(self, *a))
+    buffers = recorded(monkeypatch, script, "ReplayBuffer")
     train(tmp_path, buffer_size=1000)
     played = list(Diary.steps.values())[2 * 3 : 400 - 2]
-    assert set(keys_of(buffers[0].sample(5000))) == {key_of(step) for step in played} - {None}
+    ((_, buffer),) = buffers
+    assert set(keys_of(buffer.sample(5000))) == {key_of(step) for step in played} - {None}
 
 
-@pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", pytest.param("ALE/Pong-v5", marks=pytest.mark.slow)])
-def test_what_is_learned_from_is_what_the_emulator_showed(tmp_path, monkeypatch, env_id):
+@pytest.mark.parametrize("game", ["Breakout", pytest.param("Pong", marks=pytest.mark.slow)])
+def test_what_is_learned_from_is_what_the_emulator_showed(tmp_path, monkeypatch, game):
     """To the pixel, over lost lives and ends of games."""
-    happened, updates, recv = {}, recorded(monkeypatch, script, "update"), script.Envs.recv
+    happened, updates, recv = set(), recorded(monkeypatch, script, "update"), script.Envs.recv
+
+    def seen(obs, action, next_obs, reward, end):
+        after = None if end else next_obs.tobytes()
+        return obs.tobytes(), int(action), after, float(reward), bool(end)
 
     def watching(envs, *which):
-        obs, actions, lives = envs.obs.copy(), envs.actions[-1], envs.lives
-        outcome = recv(envs, *which)
-        for i, (row, action, next_row, reward, end) in enumerate(zip(obs, actions, *outcome[:3])):
-            next_row = next_row.tobytes() if lives[i] == envs.lives[i] or envs.lives[i] > 0 else None
-            result = float(np.sign(reward)), bool(end), next_row
-            happened.setdefault((row.tobytes(), int(action)), set()).add(result)
-        return outcome
+        obs, actions = envs.obs, envs.actions[-1]
+        next_obs, rewards, terminated, truncated = recv(envs, *which)
+        for row, action, *outcome in zip(obs, actions, next_obs, np.sign(rewards), terminated):
+            happened.add(seen(row, action, *outcome))
+        return next_obs, rewards, terminated, truncated
 
     monkeypatch.setattr(script.Envs, "recv", watching)
-    settings = {"total_timesteps": 1500, "num_envs": 3, "buffer_size": 900, "train_frequency": 20, "batch_size": 32}
-    curves = games.curves(train(tmp_path, env_id=env_id, start_e=1.0, end_e=1.0, eval_epsilon=1.0, eval_episodes=1, **settings))
-    ends = 0
+    curves = games.curves(train(
+        tmp_path, env_id=f"ALE/{game}-v5", total_timesteps=1500, num_envs=3, buffer_size=900,
+        train_frequency=20, batch_size=32, start_e=1.0, end_e=1.0, eval_epsilon=1.0,
+        eval_episodes=1,
+    ))  # fmt: skip
+    learned = set()
     for (_, _, _, batch, _), _ in updates:
-        for obs, action, reward, next_obs, end in zip(*(part.numpy() for part in batch)):
-            results = happened[obs.tobytes(), int(action)]
-            ends += end
-            assert any(result[:2] == (reward, end) and (end or result[2] == next_obs.tobytes()) for result in results)
-    assert ends > 0 and (env_id == "ALE/Pong-v5" or "charts/episodic_return" in curves)
+        obs, actions, rewards, next_obs, terminated = (part.numpy() for part in batch)
+        learned |= set(map(seen, obs, actions, next_obs, rewards, terminated))
+    assert learned <= happened and any(end for *_, end in learned)
+    assert game == "Pong" or len(curves["charts/episodic_return"]) > 2
 
 
 def test_every_environment_gets_the_action_chosen_for_it(tmp_path, monkeypatch):
@@ -554,8 +585,8 @@ def test_every_environment_gets_the_action_chosen_for_it(tmp_path, monkeypatch):
         chosen |= {number(frames[-1]): int(action) for frames, action in zip(obs, actions)}
     trained = list(Diary.steps.items())[:400]
     assert all(chosen[shown] == step.action for shown, step in trained)
-    networks = {id(arguments[0]) for arguments, _ in choices + updates}
-    assert len(networks) == 1 and {id(target) for (_, target, *_), _ in updates}.isdisjoint(networks)
+    (network,) = {id(arguments[0]) for arguments, _ in choices + updates}
+    assert network not in {id(target) for (_, target, *_), _ in updates}
     epsilons = [epsilon for (_, _, epsilon), _ in choices]
     assert epsilons[0] == 0.9 and epsilons[50] == pytest.approx(0.5)
     assert epsilons[100] == epsilons[199] == 0.1 and set(epsilons[200:]) == {0.3}
@@ -567,7 +598,8 @@ def test_updates_are_adams_with_the_settings_asked_for(tmp_path, monkeypatch):
     for (_, _, optimizer, batch, _), _ in updates:
         (group,) = optimizer.param_groups
         assert type(optimizer) is torch.optim.Adam and [len(part) for part in batch] == [5] * 5
-        assert (group["lr"], group["eps"], group["betas"], group["weight_decay"]) == (2e-3, 1e-5, (0.9, 0.999), 0)
+        found = [group[name] for name in ("lr", "eps", "betas", "weight_decay")]
+        assert found == [2e-3, 1e-5, (0.9, 0.999), 0]
 
 
 @pytest.mark.parametrize("num_envs, train_frequency", [(1, 4), (3, 5), (8, 4), (4, 1)])
@@ -593,8 +625,8 @@ def test_steps_between_updates_do_not_depend_on_the_number_of_environments(
     assert history == expected
 
 
-def test_statistics_are_of_the_buffer_and_the_same_for_both_networks(tmp_path, monkeypatch):
-    """A sample at learning-starts, 50, and before each update of the target network, at 80, 120 ..."""
+def test_statistics_are_of_the_buffer_and_the_same_in_both_networks(tmp_path, monkeypatch):
+    """A sample at learning-starts, 50, and before the target network's updates, at 80, 120 ..."""
     seen, update = [], script.update
     monkeypatch.setattr(script, "SAMPLE", 8)
 
@@ -647,13 +679,16 @@ def test_every_game_is_logged_with_its_true_score(tmp_path):
 def test_the_learning_rate_falls_in_a_line_or_stays(tmp_path, monkeypatch, anneal_lr):
     rates = []
     monkeypatch.setattr(script, "LOG_FREQUENCY", 100)
-    monkeypatch.setattr(script, "update", lambda _, __, optimizer, *___: rates.append(
-        optimizer.param_groups[0]["lr"]) or {})  # fmt: skip
+
+    def update(q_network, target_network, optimizer, *others):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return {}
+
+    monkeypatch.setattr(script, "update", update)
     curves = games.curves(train(tmp_path, anneal_lr=anneal_lr))
-    fall = [1e-3 * 3 * (1 - anneal_lr * step / 400) for step in range(38, 400, 4)]
-    assert rates == pytest.approx(fall)
     logged = [rate for _, rate in curves["charts/learning_rate"]]
-    assert logged == pytest.approx([3e-3 * (1 - anneal_lr * step / 400) for step in (98, 198, 298, 398)])
+    for found, steps in (rates, range(38, 400, 4)), (logged, range(98, 400, 100)):
+        assert found == pytest.approx([3e-3 * (1 - anneal_lr * step / 400) for step in steps])
 
 
 @pytest.mark.slow
@@ -669,9 +704,10 @@ def test_a_run_without_its_buffer_can_be_evaluated_but_not_resumed(tmp_path):
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     reference = games.learned(train(tmp_path))["network"]
     for changed in (
-        {"seed": 2}, {"learning_rate": 1e-3}, {"adam_epsilon": 1e-8}, {"anneal_lr": True}, {"num_envs": 3},
-        {"buffer_size": 100}, {"gamma": 0.5}, {"tau": 0.5}, {"target_network_frequency": 80},
-        {"batch_size": 5}, {"start_e": 0.5}, {"end_e": 0.5}, {"exploration_fraction": 1.0},
+        {"seed": 2}, {"learning_rate": 1e-3}, {"adam_epsilon": 1e-8}, {"anneal_lr": True},
+        {"num_envs": 3}, {"buffer_size": 100}, {"gamma": 0.5}, {"tau": 0.5},
+        {"target_network_frequency": 80}, {"batch_size": 5}, {"start_e": 0.5}, {"end_e": 0.5},
+        {"exploration_fraction": 1.0},
         {"learning_starts": 60}, {"train_frequency": 8}, {"double_q": True}, {"norm_obs": True},
         {"loss": "squared"}, {"precision": "bfloat16"}, {"max_grad_norm": 0.01},
     ):  # fmt: skip
@@ -680,16 +716,3 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     others = {"exp_name": "other", "eval_episodes": 1, "eval_epsilon": 0.5, "eval_frequency": 60}
     network = games.learned(train(tmp_path, **others, checkpoint_frequency=0))["network"]
     assert games.same(network, reference)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [
-    {"precision": "float32"}, {"double_q": True, "loss": "squared", "tau": 0.5, "norm_obs": True},
-])  # fmt: skip
-def test_it_learns_to_catch_from_pixels(tmp_path, flags):
-    args = script.Args(
-        env_id="Catch-v0", total_timesteps=8000, buffer_size=8000, learning_starts=500, learning_rate=5e-4,
-        exploration_fraction=0.5, target_network_frequency=400, batch_size=16, eval_episodes=100,
-        eval_epsilon=0.0, num_threads=1, runs_dir=str(tmp_path),
-    )  # fmt: skip
-    assert script.train(replace(args, **flags)).episodic_return >= 0.9

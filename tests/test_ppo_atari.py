@@ -1,10 +1,9 @@
-"""What ppo_atari.py has of its own: network, losses, updates, and a loop that learns what was played.
+"""The network of ppo_atari.py, its losses and updates, and a loop that learns what was played.
 
 Its environments and its evaluation are tested in test_games.py.
 """
 
 import math
-from dataclasses import replace
 
 import games
 import numpy as np
@@ -18,12 +17,13 @@ from torch.distributions import Categorical
 
 # The description for the common tests: README.md explains it.
 TINY = (
-    "--total-timesteps 2400 --num-envs 4 --num-steps 50 --num-minibatches 2 --update-epochs 1 --norm-obs "
-    "--checkpoint-frequency 500 --eval-frequency 1000 --eval-episodes 2 --num-threads 1"
+    "--total-timesteps 2400 --num-envs 4 --num-steps 50 --num-minibatches 2 --update-epochs 1 "
+    "--norm-obs --checkpoint-frequency 500 --eval-frequency 1000 --eval-episodes 2 --num-threads 1"
 )
 OWN = "pixels"
 OWN_FLAGS = (
-    "--total-timesteps 3000 --learning-rate 1e-3 --num-steps 16 --gamma 0.5 --ent-coef 0 --num-threads 1"
+    "--total-timesteps 3000 --learning-rate 1e-3 --num-steps 16 --gamma 0.5 --ent-coef 0 "
+    "--num-threads 1"
 )
 WRONG_SPACES = ["CartPole-v1", "Pendulum-v1"]
 DIVERGES = "--learning-rate 1e30"
@@ -32,6 +32,14 @@ BAD = [
     ("--num-steps 7 --num-envs 1", "--num-minibatches"),
     ("--clip-coef 0", "--clip-coef"),
     ("--precision float16", "--precision"),
+]
+CATCH = (
+    "--env-id cases:Catch-v0 --total-timesteps 20000 --num-steps 32 --learning-rate 1e-3 "
+    "--clip-coef 0.2 --eval-episodes 100 --num-threads 1"
+)
+LEARNS = [
+    (f"{CATCH} --precision float32", 0.9),  # from pixels; chance: -0.5
+    (f"{CATCH} --norm-obs --no-clip-vloss", 0.9),
 ]
 # What others published, by the record's name after `<script>__`: shown beside our results.
 PUBLISHED = {
@@ -94,8 +102,8 @@ def test_the_network_is_that_of_the_paper_with_two_heads():
         x = F.conv2d(x, weights[2 * i], weights[2 * i + 1], stride).relu()
     x = F.linear(x.flatten(1), weights[6], weights[7]).relu()
     logits, values = agent(frames())
-    torch.testing.assert_close(logits, F.linear(x, weights[8], weights[9]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(values, F.linear(x, weights[10], weights[11])[:, 0], rtol=1e-4, atol=1e-5)
+    expected = F.linear(x, weights[8], weights[9]), F.linear(x, weights[10], weights[11])[:, 0]
+    torch.testing.assert_close((logits, values), expected, rtol=1e-4, atol=1e-5)
     for output in logits.square(), values:  # both move what they share
         (gradient,) = torch.autograd.grad(output.sum(), agent.features[0].weight, retain_graph=True)
         assert gradient.any()
@@ -160,7 +168,7 @@ def test_running_statistics_are_those_of_all_rows():
 # ---- Advantages and losses -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gamma, lam", [(0.9, 0.7), (0.99, 0.95), (1.0, 0.5), (0.8, 0.0), (0.8, 1.0)])
+@pytest.mark.parametrize("gamma, lam", [(0.9, 0.7), (0.99, 0.95), (1, 0.5), (0.8, 0), (0.8, 1)])
 def test_gae_is_the_mean_of_all_n_step_estimates(gamma, lam):
     """Not the recursion, but the definition: (1 - lambda) * sum over n of lambda^(n-1) * A^(n).
 
@@ -194,7 +202,7 @@ def test_the_clipped_policy_loss_by_hand(ratio, advantage, loss, gradient):
     ratio = torch.tensor([ratio, 1.0], requires_grad=True)
     found = script.clipped_policy_loss(ratio, torch.tensor([advantage, 0.0]), 0.2)
     found.backward()
-    assert found.item() == pytest.approx(loss / 2) and ratio.grad[0].item() == pytest.approx(gradient / 2)
+    assert (2 * found.item(), 2 * ratio.grad[0].item()) == pytest.approx((loss, gradient))
 
 
 @pytest.mark.parametrize("value, clip, loss, gradient", [
@@ -208,7 +216,7 @@ def test_the_clipped_value_loss_by_hand(value, clip, loss, gradient):
     value = torch.tensor([value, 3.0], requires_grad=True)
     found = script.clipped_value_loss(value, torch.tensor([1.0, 3.0]), torch.full((2,), 3.0), clip)
     found.backward()
-    assert found.item() == pytest.approx(loss / 2) and value.grad[0].item() == pytest.approx(gradient / 2)
+    assert (2 * found.item(), 2 * value.grad[0].item()) == pytest.approx((loss, gradient))
 
 
 def test_log_probability_and_entropy_are_pytorchs():
@@ -285,12 +293,13 @@ def loss_in_numpy(numbers, states, batch, args):
         found["entropy"] -= (probabilities * np.log(probabilities)).sum() / size
         found["approx_kl"] += (ratio - 1 - math.log(ratio)) / size
         found["clipfrac"] += (abs(ratio - 1) > args.clip_coef) / size
-    loss = found["policy_loss"] + args.vf_coef * found["value_loss"] - args.ent_coef * found["entropy"]
-    return loss, found
+    loss = found["policy_loss"] + args.vf_coef * found["value_loss"]
+    return loss - args.ent_coef * found["entropy"], found
 
 
 @pytest.mark.parametrize("flags", [
-    {}, {"norm_adv": False}, {"clip_vloss": False}, {"ent_coef": 0.5}, {"vf_coef": 2.0}, {"clip_coef": 0.4},
+    {}, {"norm_adv": False}, {"clip_vloss": False}, {"ent_coef": 0.5}, {"vf_coef": 2.0},
+    {"clip_coef": 0.4},
 ])  # fmt: skip
 def test_an_update_goes_down_the_gradient_of_the_papers_loss(flags):
     """By finite differences. Gradients left over from before do not count."""
@@ -331,7 +340,8 @@ def test_longer_gradients_are_clipped_as_one_vector(limit):
 def test_equal_advantages_have_no_deviation_to_divide_by():
     table, _, batch = example()
     batch = batch._replace(advantages=torch.ones(12).double())
-    metrics = script.update(table, torch.optim.SGD(table.parameters(), lr=1.0), batch, script.Args())
+    optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+    metrics = script.update(table, optimizer, batch, script.Args())
     assert metrics["losses/policy_loss"] == 0 and table.numbers.isfinite().all()
 
 
@@ -351,7 +361,7 @@ def test_compiled_networks_compute_the_same():
 
 
 @pytest.mark.parametrize("size, parts, epochs", [(12, 4, 3), (13, 4, 2), (5, 1, 2)])
-def test_every_epoch_learns_from_every_step_once_and_in_another_order(monkeypatch, size, parts, epochs):
+def test_every_epoch_has_every_step_once_in_another_order(monkeypatch, size, parts, epochs):
     seen = []
 
     def update(agent, optimizer, batch, args):
@@ -383,8 +393,9 @@ def test_no_minibatch_has_a_single_step():
 def train(tmp_path, **changes):
     """4 rollouts of 60 steps in games of the diary. Returns the run's folder."""
     few = dict(
-        env_id="Diary-v0", total_timesteps=240, num_envs=4, num_steps=15, num_minibatches=2, update_epochs=2,
-        eval_episodes=2, checkpoint_frequency=90, precision="float32", learning_rate=3e-3, num_threads=1,
+        env_id="Diary-v0", total_timesteps=240, num_envs=4, num_steps=15, num_minibatches=2,
+        update_epochs=2, eval_episodes=2, checkpoint_frequency=90, precision="float32",
+        learning_rate=3e-3, num_threads=1,
     )  # fmt: skip
     return games.train(script, script.Args(**few | changes, runs_dir=str(tmp_path)))
 
@@ -396,9 +407,10 @@ def test_what_is_learned_from_is_what_was_played(tmp_path, monkeypatch, num_envs
     calls = {name: recorded(monkeypatch, script, name) for name in ("act", "gae", "learn")}
     train(tmp_path, num_envs=num_envs, num_steps=60 // num_envs)
     acted, found = iter(calls["act"]), []
-    for k, ((inputs, advantages), ((_, _, batch, _), _)) in enumerate(zip(calls["gae"], calls["learn"])):
-        rewards, values, next_values, terminated, truncated = (part.flatten() for part in inputs[:5])
-        count = 60 // num_envs + 1 + sum(inputs[4].any(1))  # and one for the last values of each limit
+    for (inputs, advantages), (learned, _) in zip(calls["gae"], calls["learn"], strict=True):
+        batch = learned[2]
+        rewards, values, next_values, terminated, truncated = (x.flatten() for x in inputs[:5])
+        count = 60 // num_envs + 1 + sum(inputs[4].any(1))  # one more where games were truncated
         value_of = {}
         for (_, obs), (_, _, v) in [next(acted) for _ in range(count)]:
             for i in range(num_envs):
@@ -418,17 +430,15 @@ def test_what_is_learned_from_is_what_was_played(tmp_path, monkeypatch, num_envs
         torch.testing.assert_close(batch.advantages, advantages.flatten())
         torch.testing.assert_close(batch.returns, batch.advantages + batch.values)
         assert inputs[5:] == (0.99, 0.95)
-    assert k == 3 and sorted(found) == sorted(list(Diary.steps)[:240])  # and then the evaluation
+    assert sorted(found) == sorted(list(Diary.steps)[:240])  # and then the evaluation
 
 
 def test_log_probabilities_are_of_the_policy_that_acted(tmp_path, monkeypatch):
-    """Before the first update of a rollout, all ratios are 1, also if observations are normalised."""
-    updates, learned = recorded(monkeypatch, script, "update"), recorded(monkeypatch, script, "learn")
+    """Before the first update of a rollout all ratios are 1, with normalised observations, too."""
+    updates = recorded(monkeypatch, script, "update")
     train(tmp_path, norm_obs=True)
-    first = [updates[4 * k][1] for k in range(4)]
-    assert len(learned) == 4 and len(updates) == 16
-    assert all(metrics["losses/approx_kl"].abs() < 1e-6 for metrics in first)
-    assert all(metrics["losses/approx_kl"] > 1e-6 for _, metrics in updates[3::4])
+    divergences = [metrics["losses/approx_kl"].item() for _, metrics in updates]
+    assert len(updates) == 16 and max(map(abs, divergences[::4])) < 1e-6 < min(divergences[3::4])
 
 
 def test_every_game_is_logged_with_its_true_score(tmp_path):
@@ -446,8 +456,13 @@ def test_every_game_is_logged_with_its_true_score(tmp_path):
 @pytest.mark.parametrize("anneal_lr", [True, False])
 def test_the_learning_rate_falls_in_a_line_or_stays(tmp_path, monkeypatch, anneal_lr):
     rates = []
-    monkeypatch.setattr(script, "learn", lambda agent, optimizer, batch, args: rates.append(
-        (type(optimizer), optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["eps"])) or {})  # fmt: skip
+
+    def learn(agent, optimizer, batch, args):
+        (group,) = optimizer.param_groups
+        rates.append((type(optimizer), group["lr"], group["eps"]))
+        return {}
+
+    monkeypatch.setattr(script, "learn", learn)
     curves = games.curves(train(tmp_path, anneal_lr=anneal_lr))
     expected = [3e-3 * (1 - k / 4) if anneal_lr else 3e-3 for k in range(4)]
     assert rates == [(torch.optim.Adam, pytest.approx(rate), 1e-5) for rate in expected]
@@ -486,9 +501,9 @@ def test_statistics_are_of_all_that_was_learned_from(tmp_path, monkeypatch):
 def test_explained_variance_is_of_the_returns(tmp_path, monkeypatch):
     learned = recorded(monkeypatch, script, "learn")
     curves = games.curves(train(tmp_path))
-    expected = [1 - ((b.returns - b.values).var() / b.returns.var()).item() for (_, _, b, _), _ in learned]
-    found = [value for _, value in curves["losses/explained_variance"]]
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    for ((_, _, batch, _), _), (_, found) in zip(learned, curves["losses/explained_variance"]):
+        expected = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+        assert found == pytest.approx(expected.item(), rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -496,22 +511,14 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     reference = games.learned(train(tmp_path))["network"]
     assert not any("statistics" in name for name in reference)
     for changed in (
-        {"seed": 2}, {"learning_rate": 1e-3}, {"anneal_lr": False}, {"num_envs": 3}, {"num_steps": 10},
-        {"gamma": 0.5}, {"gae_lambda": 0.5}, {"num_minibatches": 3}, {"update_epochs": 1},
-        {"norm_adv": False}, {"clip_coef": 0.01}, {"clip_vloss": False}, {"norm_obs": True},
+        {"seed": 2}, {"learning_rate": 1e-3}, {"anneal_lr": False}, {"num_envs": 3},
+        {"num_steps": 10}, {"gamma": 0.5}, {"gae_lambda": 0.5}, {"num_minibatches": 3},
+        {"update_epochs": 1}, {"norm_adv": False}, {"clip_coef": 0.01}, {"clip_vloss": False},
+        {"norm_obs": True},
         {"ent_coef": 0.1}, {"vf_coef": 0.1}, {"max_grad_norm": 0.1}, {"precision": "bfloat16"},
     ):  # fmt: skip
         network = games.learned(train(tmp_path, **changed))["network"]
         assert not games.same(network, reference), changed
-    others = {"exp_name": "other", "eval_episodes": 1, "eval_frequency": 60, "checkpoint_frequency": 0}
-    assert games.same(games.learned(train(tmp_path, **others))["network"], reference)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [{"precision": "float32"}, {"norm_obs": True, "clip_vloss": False}])
-def test_it_learns_to_catch_from_pixels(tmp_path, flags):
-    args = script.Args(
-        env_id="Catch-v0", total_timesteps=20_000, num_steps=32, learning_rate=1e-3, clip_coef=0.2,
-        eval_episodes=100, num_threads=1, runs_dir=str(tmp_path),
-    )  # fmt: skip
-    assert script.train(replace(args, **flags)).episodic_return >= 0.9
+    others = {"exp_name": "other", "eval_episodes": 1, "eval_frequency": 60}
+    network = games.learned(train(tmp_path, **others, checkpoint_frequency=0))["network"]
+    assert games.same(network, reference)
