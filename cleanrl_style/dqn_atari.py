@@ -48,6 +48,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -350,7 +351,9 @@ class ReplayBuffer:
         self.folder, path = folder, folder / "replay.frames"
         shape = self.num_rows, self.num_envs, 84 * 84
         if not resume:
-            with open(path, "wb") as file:
+            with refusing(f"cannot make {path}", OSError), open(path, "wb") as file:
+                if math.prod(shape) > shutil.disk_usage(folder).free:  # or it would be filled first
+                    raise OSError(f"--buffer-size needs {math.prod(shape) / 1e9:.1f} GB of disk")
                 if hasattr(os, "posix_fallocate"):  # a full disk fails now, not hours later
                     os.posix_fallocate(file.fileno(), 0, math.prod(shape))
                 file.truncate(math.prod(shape))
@@ -367,7 +370,9 @@ class ReplayBuffer:
         row = self.rows_written % self.num_rows
         if self.num_rows <= self.rows_written < self.saved_rows + self.num_rows:
             with refusing(f"cannot write to {self.folder}", OSError):
-                self.journal.write(self.file[row])  # the row belongs to the checkpoint
+                row_bytes = self.file[row].nbytes  # of a row that belongs to the checkpoint
+                if self.journal.write(self.file[row]) < row_bytes:
+                    raise OSError("the disk is full")
         self.file[row] = obs[:, -1].reshape(self.num_envs, -1)
         values = actions, np.sign(rewards), terminated, truncated, np.minimum(ages, STACK - 1)
         for name, column in zip(self.COLUMNS, values):
