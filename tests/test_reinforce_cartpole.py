@@ -185,8 +185,8 @@ def test_actions_are_as_frequent_as_the_policy_says():
         np.testing.assert_allclose(shares, probabilities[i], atol=0.015)
     both = (actions[:, 0] == 2) & (actions[:, 1] == 0)
     assert both.mean() == pytest.approx(0.7 * 0.5, abs=0.015)
-    assert script.act(policy, obs[:2], greedy=True).tolist() == [2, 0]
-    assert script.play(script.Args(), policy, obs[:2]).tolist() == [2, 0]
+    assert script.act(policy, obs[:200], greedy=True).tolist() == [2, 0] * 100
+    assert script.play(script.Args(), policy, obs[:200]).tolist() == [2, 0] * 100
 
 
 # ---- Episodes, the loop --------------------------------------------------------------------------
