@@ -4,6 +4,8 @@ import copy
 
 import gymnasium as gym
 import numpy as np
+import pytest
+import torch
 from gymnasium.spaces import Box, Discrete
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -125,3 +127,64 @@ def check_settings(script, outcome, changes):
         assert outcome(**{name: value}) != plain, name
     other = {"exp_name": "other", "checkpoint_frequency": 7, "eval_frequency": 50}
     assert outcome(**other) == plain
+
+
+# ---- What all PPO loops do, in three environments and rollouts of 20 steps -----------------------
+
+
+def check_ppo_log(script, tmp_path, monkeypatch, *, anneal_lr, learning_rate, **settings):
+    """The learning rate that is used, and all metrics, stand in the log after each rollout."""
+    settings |= {"anneal_lr": anneal_lr, "learning_rate": learning_rate}
+    learned = recorded(monkeypatch, script, "learn")
+    _, points = train(script, tmp_path, **settings)
+    for k, ((_, optimizer, batch, _), metrics) in enumerate(learned):
+        rate = learning_rate * (1 - k / len(learned) if anneal_lr else 1)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        errors = batch.advantages.var() / batch.returns.var()  # V_old is returns - advantages
+        metrics |= {"losses/explained_variance": 1 - errors, "charts/learning_rate": rate}
+        for tag, value in metrics.items():
+            assert points[tag][k] == (60 * (k + 1), pytest.approx(float(value), abs=1e-5)), tag
+    assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["eps"] == 1e-5
+
+
+def check_ppo_statistics(script, tmp_path, monkeypatch, **settings):
+    """They do not change within a rollout and its updates: else pi / pi_old would not start at 1.
+
+    All observations are counted, once; those of the evaluation are not.
+    """
+    counts = []
+    for name in ("act", "make_batch", "update"):
+        def noting(agent, *others, name=name, function=getattr(script, name), **keywords):
+            counts.append((name, agent.obs_statistics.count.item()))
+            return function(agent, *others, **keywords)
+
+        monkeypatch.setattr(script, name, noting)
+    network = train(script, tmp_path, **settings)[0]["network"]
+    a_round = ["act"] * 20 + ["make_batch"] + ["update"] * 4
+    total = settings["total_timesteps"]
+    expected = [(name, before) for before in range(0, total, 60) for name in a_round]
+    assert counts[: len(expected)] == expected
+    assert set(counts[len(expected) :]) == {("act", total)}
+    seen = np.array([step[0] for _, step in side_by_side(3)])
+    np.testing.assert_allclose(network["obs_statistics.mean"], seen.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(network["obs_statistics.variance"], seen.var(0), rtol=1e-3)
+
+
+def check_ppo_rewards(script, tmp_path, monkeypatch, *, norm_reward, gamma, **settings):
+    """Divided by the deviation of the sums of all rollouts, or not. What is logged never is."""
+    calls = recorded(monkeypatch, script, "make_batch")
+    settings |= {"norm_reward": norm_reward, "gamma": gamma}
+    state, points = train(script, tmp_path, **settings)
+    sums, last = [], []
+    for env in Diary.made[:3]:
+        total = 0.0
+        for _, _, reward, _, terminated, truncated in env.steps:
+            sums.append(reward + total)
+            total = 0.0 if terminated or truncated else gamma * sums[-1]
+        last.append(total)
+    rewards = np.array([[step[2] for step in env.steps[-20:]] for env in Diary.made[:3]])
+    if norm_reward:
+        rewards /= np.std(sums)
+        np.testing.assert_allclose(state["reward_scaler"]["sums"], last, rtol=1e-4)
+    np.testing.assert_allclose(calls[-1][0][3].T, rewards, rtol=1e-3)
+    check_episodes(points, side_by_side(3))
