@@ -303,7 +303,7 @@ def test_the_loop_does_each_thing_when_it_is_due(
     learning_starts, anneal,
 ):  # fmt: skip
     """In a plain loop over the steps: first a round of them, then what is due after each."""
-    notes, networks = [], set()
+    notes, actors, networks = [], set(), set()
 
     def spy(name, note):
         def spying(*arguments, function=getattr(script, name), **keywords):
@@ -320,7 +320,11 @@ def test_the_loop_does_each_thing_when_it_is_due(
         networks.add((q_network, target_network))
         return tau
 
-    spy("act", lambda q_network, obs, epsilon: (obs.tolist(), epsilon))
+    def note_act(q_network, obs, epsilon):
+        actors.add(q_network)
+        return obs.tolist(), epsilon
+
+    spy("act", note_act)
     spy("update", note_update)
     spy("update_target", note_target)
     train(script, tmp_path, **FEW | {
@@ -342,11 +346,11 @@ def test_the_loop_does_each_thing_when_it_is_due(
     evaluation = notes[len(expected) :]
     assert evaluation and all(name == "act" and note[1] == 0 for name, note in evaluation)
     ((q_network, target_network),) = networks
-    assert q_network is not target_network
+    assert q_network is not target_network and actors == {q_network}
 
 
-def test_the_q_network_acts_and_every_environment_gets_its_own_action(tmp_path, monkeypatch):
-    """With the weights of that moment; in the evaluation with the last ones."""
+def test_every_environment_gets_the_action_that_was_chosen_for_it(tmp_path, monkeypatch):
+    """By a network that is first made from the seed; in the evaluation by the one that is saved."""
     acts = recorded(monkeypatch, script, "act")
     state, _ = train(script, tmp_path, **FEW | {"start_e": 0.0, "end_e": 0.0, "seed": 3})
     chosen = {}
