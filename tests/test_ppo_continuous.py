@@ -24,7 +24,7 @@ TINY = (
 )
 OWN = "continuous"
 OWN_FLAGS = "--total-timesteps 10000 --num-steps 128 --num-minibatches 8"
-WRONG_SPACES = ["CartPole-v1"]
+WRONG_SPACES = ["CartPole-v1", "cases:HugeBounds-v0"]
 DIVERGES = "--learning-rate 1e30"
 BAD = [
     ("--num-steps 0", "--num-steps"),
@@ -33,6 +33,10 @@ BAD = [
     ("--ent-coef nan", "--ent-coef"),
 ]
 # What others published, by the record's name after `<script>__`: shown beside our results.
+LEARNS = [
+    ("--env-id cases:Aim-v0 --total-timesteps 80000 --num-steps 256 --num-minibatches 8", 9),
+]
+
 PUBLISHED = {
     "Pendulum-v1": "Zoo -172 (100k)",
     "HalfCheetah-v5": "CleanRL 1443, Zoo 5819 (1M, older versions)",
