@@ -28,6 +28,7 @@ BAD = [
     ("--end-e -0.01", "--end-e"),
     ("--train-frequency 0", "--train-frequency"),
     ("--tau nan", "--tau"),
+    ("--buffer-size 1e15", "--buffer-size"),
 ]
 LEARNS = [("--seed 1", 195)]  # nine of ten seeds reach 500; chance: 22
 # What others published, by the record's name after `<script>__`: shown beside our results.
@@ -377,12 +378,12 @@ def test_losses_and_schedules_are_logged_every_1000_steps(tmp_path, monkeypatch)
     """Rounds of 3 steps: what is due at 1000 is logged at the end of its round, 1002."""
     metrics, update = [], script.update
     monkeypatch.setattr(script, "update", lambda *a: metrics.append(update(*a)) or metrics[-1])
-    flags = {"total_timesteps": 3000, "train_frequency": 10}
+    flags = {"total_timesteps": 3003, "train_frequency": 10}
     _, points = train(script, tmp_path, **FEW | flags)
     steps = (1002, 2001, 3000)  # the first update is at step 50
     expected = {tag: [metrics[step // 10 - 5][tag].item() for step in steps] for tag in metrics[0]}
-    expected["charts/learning_rate"] = [1e-2 * (1 - step / 3000) for step in (999, 1998, 2997)]
-    expected["charts/epsilon"] = [1 - 0.95 * 999 / 1500, 0.05, 0.05]
+    expected["charts/learning_rate"] = [1e-2 * (1 - step / 3003) for step in (999, 1998, 2997)]
+    expected["charts/epsilon"] = [1 - 0.95 * 999 / 1501.5, 0.05, 0.05]
     for tag, values in expected.items():
         np.testing.assert_allclose(points[tag], list(zip(steps, values)), rtol=1e-5)
 

@@ -32,6 +32,9 @@ BAD = [
     ("--clip-coef 0", "--clip-coef"),
     ("--ent-coef nan", "--ent-coef"),
 ]
+LEARNS = [
+    ("--env-id cases:Aim-v0 --total-timesteps 80000 --num-steps 256 --num-minibatches 8", 9)
+]
 # What others published, by the record's name after `<script>__`: shown beside our results.
 LEARNS = [
     ("--env-id cases:Aim-v0 --total-timesteps 80000 --num-steps 256 --num-minibatches 8", 9),
