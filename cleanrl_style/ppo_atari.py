@@ -132,6 +132,8 @@ class Args:
         check(self)
         if self.num_steps * self.num_envs < 2 * self.num_minibatches:  # one has no deviation
             raise ValueError("--num-minibatches leaves fewer than 2 steps for a minibatch")
+        if self.num_steps * self.num_envs > 10**6:  # 28 GB
+            raise ValueError("--num-steps times --num-envs must be at most 1000000")
 
 
 # ---- Environment and network ---------------------------------------------------------------------
@@ -303,7 +305,7 @@ def clipped_value_loss(
 
 
 class Batch(NamedTuple):
-    """Steps of a rollout, B in a minibatch. Row b of each:"""
+    """Steps of a rollout, B in a minibatch; V_old is for the clipped value loss. Row b of each:"""
 
     obs: Tensor  # observation, (B, 4, 84, 84)
     actions: Tensor  # action, (B,)
@@ -316,7 +318,7 @@ class Batch(NamedTuple):
 def update(
     agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """One gradient step on the B steps of a minibatch -> metrics."""
+    """One gradient step on B steps, whose value loss may be clipped -> metrics."""
     logits, values = agent(batch.obs)
     log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
     log_ratio = log_probs - batch.log_probs
@@ -378,8 +380,7 @@ def train(args: Args) -> "Result":
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     rows = args.num_steps, args.num_envs
-    with refusing("--num-steps times --num-envs do not fit into memory", MemoryError):
-        obs = np.zeros((*rows, STACK, 84, 84), dtype=np.uint8)
+    obs = np.zeros((*rows, STACK, 84, 84), dtype=np.uint8)
     log_probs, values, final_values, rewards = np.zeros((4, *rows), dtype=np.float32)
     actions, (terminated, truncated) = np.zeros(rows, dtype=int), np.zeros((2, *rows), dtype=bool)
     with Run(args, envs, agent, optimizer=optimizer) as run:

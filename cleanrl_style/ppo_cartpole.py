@@ -223,8 +223,10 @@ def act(agent: Agent, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
     """Samples actions, or takes the most probable ones: observations (N, O) -> (N,)."""
     obs = torch.from_numpy(obs).to(next(agent.parameters()).device)
     logits = agent.actor(agent.normalize(obs)).cpu()
-    actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
-    return actions.numpy()
+    if greedy:
+        return logits.argmax(-1).numpy()
+    with refusing("the policy diverged: try a lower --learning-rate", RuntimeError):
+        return torch.multinomial(logits.softmax(-1), 1).squeeze(-1).numpy()
 
 
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

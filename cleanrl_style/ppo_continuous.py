@@ -199,8 +199,8 @@ class Agent(nn.Module):
     def __init__(self, obs_size: int, low: np.ndarray, high: np.ndarray, norm_obs: bool) -> None:
         super().__init__()
         self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
-        self.register_buffer("low", torch.from_numpy(low))
-        self.register_buffer("high", torch.from_numpy(high))
+        self.register_buffer("low", torch.tensor(low))
+        self.register_buffer("high", torch.tensor(high))
         self.actor = nn.Sequential(  # the small gain makes the first means nearly 0
             layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, len(low), 0.01)
         )
@@ -223,7 +223,7 @@ class Agent(nn.Module):
 
 
 def make_network(args: Args, envs: "Envs") -> Agent:
-    """An agent for these environments."""
+    """An agent for these environments, with the bounds of their actions."""
     return Agent(envs.obs.shape[1], envs.action_space.low, envs.action_space.high, args.norm_obs)
 
 
@@ -286,7 +286,7 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
 
 
 class Batch(NamedTuple):
-    """Steps of a rollout, B in a minibatch. Row b of each:"""
+    """Steps of a rollout, B in a minibatch, with K numbers an action. Row b of each:"""
 
     obs: Tensor  # observation, not normalised, (B, O)
     actions: Tensor  # action, not clipped, (B, K)
@@ -300,7 +300,8 @@ def make_batch(
     agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor,
     terminated: Tensor, truncated: Tensor, args: Args,
 ) -> Batch:  # fmt: skip
-    """Advantages of a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N).
+    """Advantages of a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N)
+    -> T * N rows.
 
     next_obs holds the last observation of an episode, not the first one of the next. The agent is
     still the one of the rollout, so pi_old and V_old are computed here, in one pass.
@@ -317,7 +318,7 @@ def make_batch(
 def update(
     agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """One gradient step on the B steps of a minibatch -> metrics."""
+    """One gradient step on B steps, for a normal distribution -> metrics."""
     means, values = agent(batch.obs)
     log_probs, entropy = log_prob_and_entropy(means, agent.log_std, batch.actions)
     log_ratio = log_probs - batch.log_probs

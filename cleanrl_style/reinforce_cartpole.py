@@ -148,8 +148,10 @@ def make_network(args: Args, envs: "Envs") -> Policy:
 def act(policy: Policy, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
     """Samples actions, or takes the most probable ones: observations (N, O) -> (N,)."""
     logits = policy(torch.from_numpy(obs).to(next(policy.parameters()).device)).cpu()
-    actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
-    return actions.numpy()
+    if greedy:
+        return logits.argmax(-1).numpy()
+    with refusing("the policy diverged: try a lower --learning-rate", RuntimeError):
+        return torch.multinomial(logits.softmax(-1), 1).squeeze(-1).numpy()
 
 
 class Episode(NamedTuple):
