@@ -752,8 +752,8 @@ class Run:
         self.stack.close()
         if error is not None:
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
-            steps = f"at step {self.envs.steps}; the checkpoint is of step {self.saved_step}"
-            error.add_note(f"Stopped {steps}. To go on:\n{command}")
+            error.add_note(f"Stopped at step {self.envs.steps}. To go on from the checkpoint of "
+                           f"step {self.saved_step}:\n{command}")  # fmt: skip
 
     def interrupt(self, *_: object) -> None:
         """Ctrl-C ends after this round; a second one at once."""
@@ -775,8 +775,9 @@ class Run:
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Writes metrics and finished episodes, and stops at NaN."""
-        seconds = time.perf_counter() - self.start
-        metrics = metrics | {"charts/SPS": (self.envs.steps - self.first_step) / seconds}
+        if metrics:
+            speed = (self.envs.steps - self.first_step) / (time.perf_counter() - self.start)
+            metrics = metrics | {"charts/SPS": speed}
         with refusing("cannot write the log", OSError):
             for step, episodic_return, length in self.envs.finished:
                 self.writer.add_scalar("charts/episodic_return", episodic_return, step)

@@ -11,8 +11,8 @@ from torch import nn
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 2000 --num-envs 4 --checkpoint-frequency 500 --eval-frequency 700 "
-    "--eval-episodes 4"
+    "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 500 --eval-frequency 700 "
+    "--eval-episodes 5"
 )
 OWN = "discrete"
 OWN_FLAGS = "--total-timesteps 10000"
