@@ -16,7 +16,7 @@ from torch import nn
 # The description for the common tests: README.md explains it.
 TINY = (
     "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 300 --eval-frequency 700 "
-    "--eval-episodes 4 --learning-starts 200 --buffer-size 1000 --train-frequency 8"
+    "--eval-episodes 5 --learning-starts 200 --buffer-size 1000 --train-frequency 8"
 )
 OWN = "discrete"
 OWN_FLAGS = "--total-timesteps 6000"

@@ -16,7 +16,7 @@ from torch.distributions import Categorical
 
 # The description for the common tests: README.md explains it.
 TINY = (
-    "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 4 "
+    "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5 "
     "--num-minibatches 2 --update-epochs 2 --norm-obs --norm-reward"
 )
 OWN = "discrete"

@@ -16,7 +16,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 # The description for the common tests: README.md explains it.
 TINY = (
     "--total-timesteps 4000 --num-envs 2 --checkpoint-frequency 700 --eval-frequency 1100 "
-    "--eval-episodes 4 --num-steps 128 --num-minibatches 4 --update-epochs 2"
+    "--eval-episodes 5 --num-steps 128 --num-minibatches 4 --update-epochs 2"
 )
 OWN = "continuous"
 OWN_FLAGS = "--total-timesteps 20000 --num-steps 64 --num-minibatches 4"

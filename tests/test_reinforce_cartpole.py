@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 # The description for the common tests: README.md explains it.
-TINY = "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 4"
+TINY = "--total-timesteps 2000 --num-envs 2 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
 OWN = "discrete"
 OWN_FLAGS = "--total-timesteps 10000"
 WRONG_SPACES = ["Pendulum-v1"]
