@@ -1,75 +1,136 @@
-"""What ppo_atari.py has of its own: the network for pixels, and a loop over native emulators.
+"""The network of ppo_atari.py, its losses and updates, and a loop that learns what was played.
 
-What it shares with ppo_cartpole.py or dqn_atari.py, word for word, is tested in their files; see also
-test_in_common.py.
+Its environments and its evaluation are tested in test_games.py.
 """
 
-import itertools
+import math
 
-import gymnasium as gym
+import games
 import numpy as np
 import ppo_atari as script
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import torch.nn.functional as F
+from games import Diary, number, numbers, recorded
 from torch import nn
+from torch.distributions import Categorical
 
+# The description for the common tests: README.md explains it.
+TINY = (
+    "--total-timesteps 2400 --num-envs 4 --num-steps 50 --num-minibatches 2 --update-epochs 1 "
+    "--norm-obs --checkpoint-frequency 500 --eval-frequency 1000 --eval-episodes 2 --num-threads 1"
+)
+OWN = "pixels"
+OWN_FLAGS = (
+    "--total-timesteps 3000 --learning-rate 1e-3 --num-steps 16 --gamma 0.5 --ent-coef 0 "
+    "--num-threads 1"
+)
+WRONG_SPACES = ["CartPole-v1", "Pendulum-v1"]
+DIVERGES = "--learning-rate 1e30"
+BAD = [
+    ("--num-steps 0", "--num-steps"),
+    ("--num-steps 7 --num-envs 1", "--num-minibatches"),
+    ("--clip-coef 0", "--clip-coef"),
+    ("--precision float16", "--precision"),
+]
+CATCH = (
+    "--env-id cases:Catch-v0 --total-timesteps 20000 --num-steps 32 --learning-rate 1e-3 "
+    "--clip-coef 0.2 --eval-episodes 100 --num-threads 1"
+)
+LEARNS = [
+    (f"{CATCH} --precision float32", 0.9),  # from pixels; chance: -0.5
+    (f"{CATCH} --norm-obs --no-clip-vloss", 0.9),
+]
+# What others published, by the record's name after `<script>__`: shown beside our results.
+PUBLISHED = {
+    "ALE-Pong-v5": "CleanRL 20.4, Zoo 21.0 (10M)",
+    "ALE-Breakout-v5": "CleanRL 414.7, Zoo 398 (10M)",
+    "ALE-Breakout-v5-10M": "CleanRL 414.7, Zoo 398 (10M)",
+}
+# How speed.py measures the script, and beside what; its first lines explain the form.
+SPEED = {
+    "steps": 12_000,
+    "first": 1_024,
+    "peers": {
+        "CleanRL's ppo_atari.py": {"flags": "", "equal": "eight games, float32"},
+        "Stable-Baselines3's PPO": {
+            "env_id": "BreakoutNoFrameskip-v4",
+            "num_envs": 8,
+            "settings": {
+                "n_steps": 128,
+                "batch_size": 256,
+                "n_epochs": 4,
+                "learning_rate": 2.5e-4,
+                "ent_coef": 0.01,
+                "clip_range": 0.1,
+                "clip_range_vf": 0.1,
+            },
+            "equal": "eight games, float32",
+        },
+    },
+    "flags": "",  # by default the settings are those of CleanRL
+    "variants": {
+        "eight games, bfloat16": "--precision bfloat16",
+        "eight games, float32": "--precision float32",
+    },
+    "floors": {
+        "floor, bfloat16": "1024 2048 --precision bfloat16",
+        "floor, float32": "1024 2048 --precision float32",
+    },
+}
 
-def picture(number):
-    """A frame that says which it is; number 0 is all black, as before a game's start."""
-    frame = np.zeros((84, 84), np.uint8)
-    frame[0, :4] = np.frombuffer(np.uint32(number).tobytes(), np.uint8)
-    return frame
-
-
-def number(frame):
-    return int(np.frombuffer(np.asarray(frame)[0, :4].tobytes(), np.uint32)[0])
-
-
-def numbers(frames):
-    return tuple(number(frame) for frame in frames)
-
-
-# ---- The network ----------------------------------------------------------------------------------------------------
+# ---- The network ---------------------------------------------------------------------------------
 
 
 def frames(size=8):
-    return torch.randint(0, 256, (size, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (size, 4, 84, 84), dtype=torch.uint8, generator=generator)
+
+
+def make_agent(num_actions=4, bfloat16=False, norm_obs=False):
+    torch.manual_seed(0)
+    return script.Agent(num_actions, bfloat16, norm_obs)
 
 
 def test_the_network_is_that_of_the_paper_with_two_heads():
-    agent = script.Agent(18, bfloat16=False, norm_obs=False)
-    layers = [*agent.features, agent.actor, agent.critic]
-    shapes = [tuple(layer.weight.shape) for layer in layers if hasattr(layer, "weight")]
-    assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512), (1, 512)]
-    logits, values = agent(frames(2))
-    assert logits.shape == (2, 18) and values.shape == (2,)
+    agent, x = make_agent(18), frames() / 255
+    weights = list(agent.parameters())
+    shapes = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512), (1, 512)]
+    assert [tuple(weight.shape) for weight in weights[::2]] == shapes
+    assert all(bias.shape == weight.shape[:1] for weight, bias in zip(weights[::2], weights[1::2]))
+    for i, stride in enumerate((4, 2, 1)):
+        x = F.conv2d(x, weights[2 * i], weights[2 * i + 1], stride).relu()
+    x = F.linear(x.flatten(1), weights[6], weights[7]).relu()
+    logits, values = agent(frames())
+    expected = F.linear(x, weights[8], weights[9]), F.linear(x, weights[10], weights[11])[:, 0]
+    torch.testing.assert_close((logits, values), expected, rtol=1e-4, atol=1e-5)
+    for output in logits.square(), values:  # both move what they share
+        (gradient,) = torch.autograd.grad(output.sum(), agent.features[0].weight, retain_graph=True)
+        assert gradient.any()
 
 
-def test_it_starts_orthogonal_and_the_policy_without_a_bias():
-    torch.manual_seed(0)
-    agent = script.Agent(6, bfloat16=False, norm_obs=False)
-    layers = [layer for layer in [*agent.features, agent.actor, agent.critic] if hasattr(layer, "weight")]
-    for layer, gain in zip(layers, [2**0.5] * 4 + [0.01, 1.0]):
-        matrix = layer.weight.flatten(1)
+def test_it_starts_orthogonal_and_the_policy_nearly_uniform():
+    agent = make_agent(6)
+    weights = list(agent.parameters())
+    for weight, bias, gain in zip(weights[::2], weights[1::2], [2**0.5] * 4 + [0.01, 1.0]):
+        matrix = weight.flatten(1)
         matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-        torch.testing.assert_close(matrix @ matrix.T, gain**2 * torch.eye(len(matrix)), atol=1e-4, rtol=0)
-        assert not layer.bias.any()
+        product = gain**2 * torch.eye(len(matrix))
+        torch.testing.assert_close(matrix @ matrix.T, product, atol=1e-4, rtol=0)
+        assert not bias.any()
     assert (agent(frames())[0].softmax(-1) - 1 / 6).abs().max() < 0.02
 
 
 def test_bfloat16_is_float32_within_its_rounding():
-    torch.manual_seed(0)
-    exact, rounded, obs = script.Agent(4, False, False), script.Agent(4, True, False), frames()
-    rounded.load_state_dict(exact.state_dict())
-    for ours, theirs in zip(rounded(obs), exact(obs)):
+    exact, rounded = make_agent(), make_agent(bfloat16=True)
+    for ours, theirs in zip(rounded(frames()), exact(frames())):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
-    assert not torch.equal(rounded(obs)[1], exact(obs)[1])
+    assert not torch.equal(rounded(frames())[1], exact(frames())[1])
 
 
 def test_bfloat16_tells_actions_apart_that_differ_by_a_thousandth():
-    agent, biases = script.Agent(4, bfloat16=True, norm_obs=False), torch.tensor([2.0, 2.001, 2.002, 2.003])
+    agent, biases = make_agent(bfloat16=True), torch.tensor([2.0, 2.001, 2.002, 2.003])
     with torch.no_grad():
         agent.actor.weight.zero_(), agent.critic.weight.zero_()
         agent.actor.bias.copy_(biases), agent.critic.bias.fill_(2.001)
@@ -80,328 +141,384 @@ def test_bfloat16_tells_actions_apart_that_differ_by_a_thousandth():
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_normalised_pixels_are_deviations_from_their_mean(bfloat16):
-    """Pixel by pixel; one that never changes is 0 whatever it is, one that hardly ever does is cut at 10 deviations."""
-    agent, obs, seen = script.Agent(4, bfloat16, norm_obs=True), frames(64), []
+    """Pixel by pixel. One that never changes is 0; a rare change is clipped at 10 deviations."""
+    agent, obs, seen = make_agent(4, bfloat16, norm_obs=True), frames(64), []
     obs[:, :, :20] = 87
     agent.obs_statistics.update(script.newest_frames(obs))
     mean, deviation = obs[:, -1].float().mean(0), obs[:, -1].float().std(0, correction=0)
     obs[0, :, 0, 0] = 88
     agent.features[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     agent(obs)
-    expected, error = ((obs - mean) / (deviation + 1e-4)).clamp(-10, 10), (0.05, 0.02) if bfloat16 else (1e-3, 1e-3)
-    torch.testing.assert_close(seen[0], expected, atol=error[0], rtol=error[1])
+    expected = ((obs - mean) / (deviation + 1e-4)).clamp(-10, 10)
+    error = {"atol": 0.05, "rtol": 0.02} if bfloat16 else {"atol": 1e-3, "rtol": 1e-3}
+    torch.testing.assert_close(seen[0], expected, **error)
     assert (seen[0][0, :, 0, 0] == 10).all() and not seen[0][1, :, :20].any()
 
 
-def test_the_learner_sees_the_sign_of_a_reward():
-    rollout, no = script.Rollout(1, 4), np.zeros(4, bool)
-    rollout.add_outcome(0, np.array([-7.0, -0.5, 0.0, 300.0]), no, no, ~no)
-    assert rollout.rewards.tolist() == [[-1, -1, 0, 1]]
+def test_running_statistics_are_those_of_all_rows():
+    rows = torch.randn(100, 5, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    statistics = script.RunningStatistics(5)
+    for part in rows.tensor_split([1, 2, 40]):
+        statistics.update(part)
+    assert statistics.count == 100
+    torch.testing.assert_close(statistics.mean, rows.mean(0))
+    torch.testing.assert_close(statistics.variance, rows.var(0, correction=0))
+
+
+# ---- Advantages and losses -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma, lam", [(0.9, 0.7), (0.99, 0.95), (1, 0.5), (0.8, 0), (0.8, 1)])
+def test_gae_is_the_mean_of_all_n_step_estimates(gamma, lam):
+    """Not the recursion, but the definition: (1 - lambda) * sum over n of lambda^(n-1) * A^(n).
+
+    The weight that is left over goes to the longest estimate, at the end of episode or rollout.
+    """
+    generator = np.random.default_rng(0)
+    rewards, values, next_values = generator.normal(size=(3, 30, 4))
+    terminated, truncated = generator.random((2, 30, 4)) < 0.12  # some are both
+    ended, expected = terminated | truncated, np.zeros((30, 4))
+    next_values[:-1] = np.where(ended[:-1], next_values[:-1], values[1:])
+    for t, i in np.ndindex(30, 4):
+        longest = next((k for k in range(t, 30) if ended[k, i]), 29) - t + 1
+        for n in range(1, longest + 1):
+            last = t + n - 1
+            estimate = sum(gamma**k * rewards[t + k, i] for k in range(n)) - values[t, i]
+            estimate += gamma**n * next_values[last, i] * (not terminated[last, i])
+            expected[t, i] += lam ** (n - 1) * (1 - lam if n < longest else 1) * estimate
+    inputs = map(torch.from_numpy, (rewards, values, next_values, terminated, truncated))
+    np.testing.assert_allclose(script.gae(*inputs, gamma, lam), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
+    (1.1, 2.0, -2.2, -2.0),
+    (1.3, 2.0, -2.4, 0.0),  # likely enough by now
+    (0.5, 2.0, -1.0, -2.0),  # went the wrong way: back
+    (0.9, -2.0, 1.8, 2.0),
+    (0.5, -2.0, 1.6, 0.0),  # unlikely enough by now
+    (1.3, -2.0, 2.6, 2.0),  # went the wrong way: back
+])  # fmt: skip
+def test_the_clipped_policy_loss_by_hand(ratio, advantage, loss, gradient):
+    ratio = torch.tensor([ratio, 1.0], requires_grad=True)
+    found = script.clipped_policy_loss(ratio, torch.tensor([advantage, 0.0]), 0.2)
+    found.backward()
+    assert (2 * found.item(), 2 * ratio.grad[0].item()) == pytest.approx((loss, gradient))
+
+
+@pytest.mark.parametrize("value, clip, loss, gradient", [
+    (2.5, None, 0.125, -0.5),
+    (1.1, 0.2, 1.9**2 / 2, -1.9),  # within the clip
+    (2.5, 0.2, 1.8**2 / 2, 0.0),  # went from 1 to 3 by more than 0.2: 1.2 counts
+    (0.5, 0.2, 2.5**2 / 2, -2.5),  # went the wrong way: counts in full
+])  # fmt: skip
+def test_the_clipped_value_loss_by_hand(value, clip, loss, gradient):
+    """V_old is 1, the return 3."""
+    value = torch.tensor([value, 3.0], requires_grad=True)
+    found = script.clipped_value_loss(value, torch.tensor([1.0, 3.0]), torch.full((2,), 3.0), clip)
+    found.backward()
+    assert (2 * found.item(), 2 * value.grad[0].item()) == pytest.approx((loss, gradient))
+
+
+def test_log_probability_and_entropy_are_pytorchs():
+    logits, actions = torch.randn(3, 5, 4), torch.randint(4, (3, 5))
+    policy = Categorical(logits=logits)
+    log_probs, entropies = script.log_prob_and_entropy(logits, actions)
+    torch.testing.assert_close(log_probs, policy.log_prob(actions))
+    torch.testing.assert_close(entropies, policy.entropy())
 
 
 class Fixed(nn.Module):
-    """The same policy everywhere, and a value that is the row's number."""
+    """One policy everywhere; V is the number of the row."""
 
-    logits = torch.tensor([2.0, 1.0, -1.0])
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([2.0, 1.0, -1.0]))
 
     def forward(self, obs):
         return self.logits.expand(len(obs), 3), torch.arange(len(obs)).float()
 
 
-def test_actions_are_as_frequent_as_the_policy_says_and_come_with_their_probability():
+def test_actions_are_as_frequent_as_the_policy_says():
     torch.manual_seed(0)
-    actions, log_probs, values = script.act(Fixed(), torch.zeros(40_000, 1))
-    shares = np.bincount(actions, minlength=3) / 40_000
-    np.testing.assert_allclose(shares, Fixed.logits.softmax(0), atol=0.01)
-    torch.testing.assert_close(log_probs, Fixed.logits.log_softmax(0)[actions])
-    assert torch.equal(values, torch.arange(40_000).float())
+    policy = Fixed()
+    actions, log_probs, values = script.act(policy, np.zeros((40_000, 1), np.float32))
+    shares, logits = np.bincount(actions, minlength=3) / 40_000, policy.logits.detach()
+    np.testing.assert_allclose(shares, logits.softmax(0), atol=0.01)
+    np.testing.assert_allclose(log_probs, logits.log_softmax(0)[actions], atol=1e-6)
+    assert (values == np.arange(40_000)).all()
 
 
-def test_the_emulator_is_asked_for_the_true_score_and_its_own_actions(monkeypatch):
-    asked = []
-    monkeypatch.setattr(gym, "make_vec", lambda *_, **keywords: asked.append(keywords))
-    for sticky_actions in (0.0, 0.25):
-        script.make_envs(script.Args(sticky_actions=sticky_actions), 1)
-    assert [keywords["repeat_action_probability"] for keywords in asked] == [0.0, 0.25]
-    assert all(keywords["life_loss_info"] and keywords["reward_clipping"] is False for keywords in asked)
-    assert all(keywords["autoreset_mode"] == "NextStep" for keywords in asked)
+# ---- Updates -------------------------------------------------------------------------------------
 
 
-def test_normalised_pixels_start_with_the_first_frames_and_take_in_every_rollout(tmp_path, capsys, monkeypatch):
-    """The first frames once, not again after a checkpoint; then all that was learned from."""
-    acts, learned, counts = recorded(monkeypatch, "act"), recorded(monkeypatch, "learn"), []
-    act = script.act
+class Table(nn.Module):
+    """Logits and V of each state. An observation is a state, one-hot."""
 
-    def acting(agent, obs):
-        counts.append(agent.obs_statistics.count.item())
-        return act(agent, obs)
+    def __init__(self):
+        super().__init__()
+        numbers = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+        self.numbers = nn.Parameter(numbers.double())
 
-    monkeypatch.setattr(script, "act", acting)
-    train(tmp_path, capsys, norm_obs=True)
-    (run_dir,) = tmp_path.iterdir()
-    weights = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
-    first = acts[0][0][1][:, -1]
-    seen = torch.cat([first] + [batch.obs[:, -1] for (_, _, batch, _), _ in learned]).flatten(1).double()
-    assert counts[0] == 4 and weights["obs_statistics.count"] == len(seen) and len(learned) == 4
-    mean, variance = weights["obs_statistics.mean"].double(), weights["obs_statistics.variance"].double()
-    torch.testing.assert_close(mean, seen.mean(0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(variance, seen.var(0, correction=0), rtol=1e-3, atol=1e-3)
+    def forward(self, obs):
+        return obs @ self.numbers[:, :-1], obs @ self.numbers[:, -1]
 
 
-def test_without_normalisation_there_are_no_statistics(tmp_path, capsys):
-    train(tmp_path, capsys)
-    (run_dir,) = tmp_path.iterdir()
-    assert not any("statistics" in key for key in torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"])
+def example(size=12):
+    """A table, states, and a batch whose ratios are not 1."""
+    generator, table = torch.Generator().manual_seed(1), Table()
+    states, actions = torch.randint(3, (2, size), generator=generator)
+    log_probs = table.numbers[states, :-1].log_softmax(1)[range(size), actions].detach()
+    noise = torch.randn(4, size, generator=generator).double()
+    obs = torch.eye(3, dtype=torch.float64)[states]
+    return table, states.numpy(), script.Batch(obs, actions, log_probs + 0.3 * noise[0], *noise[1:])
+
+
+def loss_in_numpy(numbers, states, batch, args):
+    """The loss row by row, from the equations of the paper -> metrics."""
+    found = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), 0.0)
+    advantages, size = batch.advantages.numpy(), len(states)
+    if args.norm_adv:
+        advantages = (advantages - np.mean(advantages)) / np.std(advantages, ddof=1)
+    for b, state in enumerate(states):
+        probabilities = np.exp(numbers[state, :-1]) / np.exp(numbers[state, :-1]).sum()
+        ratio = probabilities[batch.actions[b]] / math.exp(batch.log_probs[b])
+        clipped = min(max(ratio, 1 - args.clip_coef), 1 + args.clip_coef)
+        value, old, target = numbers[state, -1], batch.values[b].item(), batch.returns[b].item()
+        error = (value - target) ** 2
+        if args.clip_vloss:
+            near = min(max(value, old - args.clip_coef), old + args.clip_coef)
+            error = max(error, (near - target) ** 2)
+        found["policy_loss"] -= min(ratio * advantages[b], clipped * advantages[b]) / size
+        found["value_loss"] += error / 2 / size
+        found["entropy"] -= (probabilities * np.log(probabilities)).sum() / size
+        found["approx_kl"] += (ratio - 1 - math.log(ratio)) / size
+        found["clipfrac"] += (abs(ratio - 1) > args.clip_coef) / size
+    loss = found["policy_loss"] + args.vf_coef * found["value_loss"]
+    return loss - args.ent_coef * found["entropy"], found
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"norm_adv": False}, {"clip_vloss": False}, {"ent_coef": 0.5}, {"vf_coef": 2.0},
+    {"clip_coef": 0.4},
+])  # fmt: skip
+def test_an_update_goes_down_the_gradient_of_the_papers_loss(flags):
+    """By finite differences. Gradients left over from before do not count."""
+    args = script.Args(**{"max_grad_norm": 1e9, "clip_coef": 0.2} | flags)
+    table, states, batch = example()
+    before, gradient = table.numbers.detach().numpy().copy(), np.zeros((3, 5))
+    for place in np.ndindex(3, 5):
+        high, low = before.copy(), before.copy()
+        high[place] += 1e-6
+        low[place] -= 1e-6
+        ends = [loss_in_numpy(end, states, batch, args)[0] for end in (high, low)]
+        gradient[place] = (ends[0] - ends[1]) / 2e-6
+    table.numbers.grad = torch.ones_like(table.numbers)
+    metrics = script.update(table, torch.optim.SGD(table.parameters(), lr=0.1), batch, args)
+    np.testing.assert_allclose(table.numbers.detach(), before - 0.1 * gradient, atol=1e-7)
+    expected = loss_in_numpy(before, states, batch, args)[1]
+    found = {tag.removeprefix("losses/"): value.item() for tag, value in metrics.items()}
+    assert found == pytest.approx(expected) and 0 < expected["clipfrac"] < 1
+    assert not any(value.requires_grad for value in metrics.values())
 
 
 def example_batch(size=8):
-    obs, generator = frames(size), torch.Generator().manual_seed(1)
-    noise = torch.randn(3, size, generator=generator)
-    return script.Batch(obs, torch.arange(size) % 4, torch.full((size,), -1.4), *noise)
+    noise = torch.randn(3, size, generator=torch.Generator().manual_seed(1))
+    return script.Batch(frames(size), torch.arange(size) % 4, torch.full((size,), -1.4), *noise)
+
+
+@pytest.mark.parametrize("limit", [1e9, 0.01])
+def test_longer_gradients_are_clipped_as_one_vector(limit):
+    agent = make_agent()
+    before = [weights.detach().clone() for weights in agent.parameters()]
+    optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
+    script.update(agent, optimizer, example_batch(), script.Args(max_grad_norm=limit))
+    moves = [weights.detach() - old for weights, old in zip(agent.parameters(), before)]
+    move = torch.cat([part.flatten() for part in moves]).norm().item()
+    assert move == pytest.approx(0.01, rel=1e-2) if limit == 0.01 else move > 0.1
+
+
+def test_equal_advantages_have_no_deviation_to_divide_by():
+    table, _, batch = example()
+    batch = batch._replace(advantages=torch.ones(12).double())
+    optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+    metrics = script.update(table, optimizer, batch, script.Args())
+    assert metrics["losses/policy_loss"] == 0 and table.numbers.isfinite().all()
 
 
 @pytest.mark.slow
 def test_compiled_networks_compute_the_same():
-    """A training step, too. Needs a compiler, and half a minute."""
-    args, results = script.Args(precision="float32"), []
+    """An update, too. Needs a compiler, and half a minute."""
+    results = []
     for compiled in (False, True):
-        torch.manual_seed(0)
-        agent = script.Agent(4, bfloat16=False, norm_obs=False)
+        agent = make_agent()
         if compiled:
             agent.compile()
         optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
-        metrics = script.update(agent, optimizer, example_batch(), args)
+        metrics = script.update(agent, optimizer, example_batch(), script.Args())
         results.append([metrics["losses/value_loss"], *agent.state_dict().values()])
     for plain, compiled in zip(*results):
         torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-5)
 
 
-def test_policy_and_values_both_move_the_network_they_share():
-    for part, other in (("vf_coef", "ent_coef"), ("ent_coef", "vf_coef")):
-        torch.manual_seed(0)
-        agent = script.Agent(4, bfloat16=False, norm_obs=False)
-        before = agent.features[0].weight.detach().clone()
-        batch = example_batch()._replace(advantages=torch.zeros(8))
-        args = script.Args(**{part: 1.0, other: 0.0, "norm_adv": False})
-        agent.actor.weight.data.normal_()  # the entropy of a uniform policy has no gradient
-        script.update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, args)
-        assert not torch.equal(agent.features[0].weight, before)
+@pytest.mark.parametrize("size, parts, epochs", [(12, 4, 3), (13, 4, 2), (5, 1, 2)])
+def test_every_epoch_has_every_step_once_in_another_order(monkeypatch, size, parts, epochs):
+    seen = []
+
+    def update(agent, optimizer, batch, args):
+        assert all(torch.equal(part, batch.obs) for part in batch)  # rows stay together
+        seen.append(batch.obs.tolist())
+        return {"losses/entropy": torch.tensor(float(len(seen)))}
+
+    monkeypatch.setattr(script, "update", update)
+    torch.manual_seed(0)
+    args = script.Args(num_minibatches=parts, update_epochs=epochs)
+    metrics = script.learn(None, None, script.Batch(*[torch.arange(size)] * 6), args)
+    orders = [sum(seen[i : i + parts], []) for i in range(0, len(seen), parts)]
+    assert len(orders) == epochs and all(sorted(order) == list(range(size)) for order in orders)
+    assert len({tuple(order) for order in [*orders, range(size)]}) == epochs + 1
+    assert max(map(len, seen)) - min(map(len, seen)) <= 1
+    assert metrics["losses/entropy"].item() == pytest.approx(np.mean(range(1, len(seen) + 1)))
 
 
-# ---- The loop -------------------------------------------------------------------------------------------------------
+def test_no_minibatch_has_a_single_step():
+    """Its deviation would be NaN. Of 5 steps, two minibatches have 2 and 3."""
+    script.Args(num_envs=1, num_steps=5, num_minibatches=2)
+    with pytest.raises(ValueError, match="--num-minibatches"):
+        script.Args(num_envs=1, num_steps=5, num_minibatches=3)
 
 
-class Scripted(gym.Env):
-    """Shows pictures with numbers of its own, in an array that it reuses; its games are as long as its seed says.
-
-    The pay is 5 times the action, which a learner sees as 1. Games of an odd length terminate, others are truncated;
-    those of 3 steps do both.
-    """
-
-    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    action_space = gym.spaces.Discrete(3)
-    numbers = itertools.count(1)
-    seen = {}  # newest frame -> (frames, action, clipped reward, newest frame after, terminated, truncated)
-    games = []  # (return, length) of each game that ended
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.length, self.t, self.total = int(self.np_random.integers(3, 9)), 0, 0
-        self.frames = np.zeros((4, 84, 84), np.uint8)
-        self.frames[-1] = picture(next(self.numbers))
-        return self.frames, {}
-
-    def step(self, action):
-        before = numbers(self.frames)
-        self.frames[:-1] = self.frames[1:].copy()
-        self.frames[-1] = picture(next(self.numbers))
-        self.t, self.total = self.t + 1, self.total + 5 * int(action)
-        over = self.t == self.length
-        terminated, truncated = over and self.length % 2 == 1, over and self.length in (3, 4, 6, 8)
-        after = number(self.frames[-1])
-        Scripted.seen[before[-1]] = (before, int(action), float(np.sign(action)), after, terminated, truncated)
-        if over:
-            Scripted.games.append((self.total, self.t))
-        return self.frames, 5 * int(action), terminated, truncated, {}
+# ---- The loop ------------------------------------------------------------------------------------
 
 
-gym.register("PPOScripted-v0", entry_point=Scripted, disable_env_checker=True)
-
-
-def train(tmp_path, capsys, **settings):
-    """Runs in this process; returns the final weights in one vector and the scalars by tag."""
+def train(tmp_path, **changes):
+    """4 rollouts of 60 steps in games of the diary. Returns the run's folder."""
     few = dict(
-        env_id="PPOScripted-v0", total_timesteps=240, num_envs=4, num_steps=15, num_minibatches=2, update_epochs=2,
-        eval_episodes=2, checkpoint_frequency=120, precision="float32", learning_rate=3e-3, num_threads=1,
+        env_id="PixelDiary-v0", total_timesteps=240, num_envs=4, num_steps=15, num_minibatches=2,
+        update_epochs=2, eval_episodes=2, checkpoint_frequency=90, precision="float32",
+        learning_rate=3e-3, num_threads=1,
     )  # fmt: skip
-    Scripted.numbers, Scripted.seen, Scripted.games = itertools.count(1), {}, []
-    run_dir = script.train(script.Args(**few | settings, runs_dir=str(tmp_path)))
-    capsys.readouterr()
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    return torch.cat([weights.flatten() for weights in state["agent"].values()]), scalars
+    return games.train(script, script.Args(**few | changes, runs_dir=str(tmp_path)))
 
 
-def recorded(monkeypatch, name):
-    """Every call of a function of the script: its arguments and its result."""
-    calls, function = [], getattr(script, name)
-
-    def recording(*arguments, **keywords):
-        arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        calls.append((arguments, function(*arguments, **keywords)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(script, name, recording)
-    return calls
-
-
-@pytest.mark.parametrize("num_envs", [1, 2, 5])
-def test_what_is_learned_from_is_what_was_played(tmp_path, capsys, monkeypatch, num_envs):
-    """Every step of every game, once, as it happened; not the resets between games. The value of its next observation
-    is that of its true one, at a game's end, too, and it ended as it did."""
-    acts, advantages, learned = (recorded(monkeypatch, name) for name in ("act", "gae", "learn"))
-    train(tmp_path, capsys, num_envs=num_envs, num_steps=60 // num_envs, checkpoint_frequency=0)
-    found, shown = [], set()
-    calls_per_rollout = 60 // num_envs + 1
-    for k, ((inputs, found_advantages), ((_, _, batch, _), _)) in enumerate(zip(advantages, learned)):
-        value_of, log_prob_of = {}, {}
-        for (_, obs, *_), (_, log_probs, values) in acts[k * calls_per_rollout : (k + 1) * calls_per_rollout]:
-            for row, log_prob, value in zip(obs, log_probs, values):
-                value_of[number(row[-1])], log_prob_of[number(row[-1])] = value.item(), log_prob.item()
-        shown |= value_of.keys()
-        rewards, values, next_values, terminated, truncated = inputs[:5]
-        assert inputs[5:] == [0.99, 0.95]
-        places = {value.item(): place for place, value in zip(np.ndindex(*values.shape), values.flatten())}
-        for row in range(len(batch.obs)):
-            key = number(batch.obs[row, -1])
-            before, action, reward, after, terminal, limit = Scripted.seen[key]
-            found.append(key)
-            assert numbers(batch.obs[row]) == before and batch.actions[row] == action
-            assert batch.values[row].item() == value_of[key] and batch.log_probs[row].item() == log_prob_of[key]
-            place = places[value_of[key]]
-            assert rewards[place] == reward and terminated[place] == terminal and truncated[place] == limit
-            assert next_values[place].item() == value_of[after]
-            assert batch.advantages[row] == found_advantages[place]
-            assert batch.returns[row] == found_advantages[place] + values[place]
-    last = acts[4 * calls_per_rollout - 1 : 4 * calls_per_rollout]  # seen, but not played any further
-    waiting = {number(row[-1]) for (_, obs, *_), _ in last for row in obs}
-    assert len(advantages) == 4 and len(set(found)) == len(found)
-    assert set(found) == {key for key in shown if key in Scripted.seen} - waiting
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_what_is_learned_from_is_what_was_played(tmp_path, monkeypatch, num_envs):
+    """Every step once, as it happened, with the sign of its reward. V of the next observation is
+    that of the true one, at the end of a game, too, if a time limit truncated it."""
+    calls = {name: recorded(monkeypatch, script, name) for name in ("act", "gae", "learn")}
+    train(tmp_path, num_envs=num_envs, num_steps=60 // num_envs)
+    acted, found = iter(calls["act"]), []
+    for (inputs, advantages), (learned, _) in zip(calls["gae"], calls["learn"], strict=True):
+        batch = learned[2]
+        rewards, values, next_values, terminated, truncated = (x.flatten() for x in inputs[:5])
+        count = 60 // num_envs + 1 + sum(inputs[4].any(1))  # one more where games were truncated
+        value_of = {}
+        for (_, obs), (_, _, v) in [next(acted) for _ in range(count)]:
+            for i in range(num_envs):
+                shown = number(obs[i, -1])
+                assert value_of.get(shown, v[i]) == pytest.approx(v[i], abs=1e-6)
+                value_of[shown] = v[i]
+        for row in range(60):
+            shown = number(batch.obs[row, -1])
+            step = Diary.steps[shown]
+            found.append(shown)
+            assert numbers(batch.obs[row]) == step.frames and batch.actions[row] == step.action
+            assert rewards[row] == step.reward
+            assert (terminated[row], truncated[row]) == (step.terminated, step.truncated)
+            assert batch.values[row] == values[row] == pytest.approx(value_of[shown], abs=1e-6)
+            if not step.terminated:
+                assert next_values[row] == pytest.approx(value_of[step.next_frames[-1]], abs=1e-6)
+        torch.testing.assert_close(batch.advantages, advantages.flatten())
+        torch.testing.assert_close(batch.returns, batch.advantages + batch.values)
+        assert inputs[5:] == (0.99, 0.95)
+    assert sorted(found) == sorted(list(Diary.steps)[:240])  # and then the evaluation
 
 
-def test_every_game_is_logged_with_its_true_score(tmp_path, capsys, monkeypatch):
-    """Also when two end in one round; not those that ended in the last, of which no next game tells."""
-    rounds, recv = [], script.OwnEnvs.recv
-    monkeypatch.setattr(script.OwnEnvs, "recv", lambda self: rounds.append(self.ended.copy()) or recv(self))
-    _, scalars = train(tmp_path, capsys, checkpoint_frequency=0)
-    returns, lengths = scalars["charts/episodic_return"], scalars["charts/episodic_length"]
-    steps = [4 * k + 1 + i for k, ended in enumerate(rounds[:60]) for i in np.flatnonzero(ended)]
-    assert [step for step, _ in returns] == [step for step, _ in lengths] == steps and len(steps) > 20
-    left = list(Scripted.games)
-    for pair in zip([r for _, r in returns], [n for _, n in lengths]):
-        left.remove(pair)
-    assert len(left) <= 4 + 2 and max(r for _, r in returns) > 5  # ended in the last round; those of the evaluation
-    assert any(ended.sum() > 1 for ended in rounds[:60]), "the test needs two games that end together"
+def test_log_probabilities_are_of_the_policy_that_acted(tmp_path, monkeypatch):
+    """Before the first update of a rollout all ratios are 1, with normalised observations, too."""
+    updates = recorded(monkeypatch, script, "update")
+    train(tmp_path, norm_obs=True)
+    divergences = [metrics["losses/approx_kl"].item() for _, metrics in updates]
+    assert len(updates) == 16 and max(map(abs, divergences[::4])) < 1e-6 < min(divergences[3::4])
+
+
+def test_every_game_is_logged_with_its_true_score(tmp_path):
+    """At the step that ended it. Those of the evaluation come after."""
+    curves = games.curves(train(tmp_path))
+    returns, lengths = curves["charts/episodic_return"], curves["charts/episodic_length"]
+    assert [(r, n) for (_, r), (_, n) in zip(returns, lengths)] == Diary.games[: len(returns)]
+    assert len(returns) >= len(Diary.games) - 3 and max(r for _, r in returns) > 5
+    ends = np.zeros(4)
+    for (step, _), (_, length) in zip(returns, lengths):
+        ends[(step - 1) % 4] += length
+        assert ends[(step - 1) % 4] == (step - 1) // 4 + 1
 
 
 @pytest.mark.parametrize("anneal_lr", [True, False])
-def test_the_learning_rate_falls_in_a_line_or_stays(tmp_path, capsys, monkeypatch, anneal_lr):
+def test_the_learning_rate_falls_in_a_line_or_stays(tmp_path, monkeypatch, anneal_lr):
     rates = []
-    monkeypatch.setattr(script, "learn", lambda agent, optimizer, batch, args: rates.append(
-        (type(optimizer), optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["eps"])) or {})  # fmt: skip
-    _, scalars = train(tmp_path, capsys, anneal_lr=anneal_lr)
+
+    def learn(agent, optimizer, batch, args):
+        (group,) = optimizer.param_groups
+        rates.append((type(optimizer), group["lr"], group["eps"]))
+        return {}
+
+    monkeypatch.setattr(script, "learn", learn)
+    curves = games.curves(train(tmp_path, anneal_lr=anneal_lr))
     expected = [3e-3 * (1 - k / 4) if anneal_lr else 3e-3 for k in range(4)]
     assert rates == [(torch.optim.Adam, pytest.approx(rate), 1e-5) for rate in expected]
-    assert [value for _, value in scalars["charts/learning_rate"]] == pytest.approx(expected)
+    assert [value for _, value in curves["charts/learning_rate"]] == pytest.approx(expected)
 
 
-def test_checkpoints_are_written_when_due_and_each_begins_games_of_its_own(tmp_path, capsys, monkeypatch):
-    """Rollouts of 60 steps: what is due at 90 and at 180 is done at 120 and at 180."""
-    steps, save, seeds = [], script.save_checkpoint, recorded(monkeypatch, "env_seeds")
-    resets, reset = [], script.OwnEnvs.reset
-    monkeypatch.setattr(script, "save_checkpoint", lambda *a, **counts: steps.append(counts) or save(*a, **counts))
-    monkeypatch.setattr(script.OwnEnvs, "reset", lambda self, seed: resets.append(list(seed)) or reset(self, seed=seed))
-    train(tmp_path, capsys, checkpoint_frequency=90, seed=3)
-    assert steps == [{"global_step": step} for step in (0, 120, 180, 240)]
-    streams = [(3, (script.TRAINING, step), 4) for step in (0, 120, 180)] + [(3, (script.EVALUATION,), 2)]
-    assert [tuple(arguments) for arguments, _ in seeds] == streams
-    assert resets == [result.tolist() for _, result in seeds]
+def test_checkpoints_are_written_when_they_are_due(tmp_path, monkeypatch):
+    """Rollouts have 60 steps: what is due at 90 and at 180 is done at 120 and at 180."""
+    steps, save = [], script.Run.save
+    monkeypatch.setattr(script.Run, "save", lambda run: steps.append(run.envs.steps) or save(run))
+    train(tmp_path)
+    assert steps == [0, 120, 180, 240]
 
 
-def test_statistics_stay_as_they_are_from_the_first_step_to_the_last_update(tmp_path, capsys, monkeypatch):
-    """Of each 20 notes, 15 steps, the last values and 4 updates, there is one count."""
+def test_statistics_are_of_all_that_was_learned_from(tmp_path, monkeypatch):
+    """And of the first frames, once. They change between the rollouts only."""
+    acts, learned = recorded(monkeypatch, script, "act"), recorded(monkeypatch, script, "learn")
     counts = []
     for name in ("act", "update"):
-        def noting(agent, *others, function=getattr(script, name), **keywords):
+
+        def noting(agent, *others, function=getattr(script, name)):
             counts.append(agent.obs_statistics.count.item())
-            return function(agent, *others, **keywords)
+            return function(agent, *others)
 
         monkeypatch.setattr(script, name, noting)
-    train(tmp_path, capsys, norm_obs=True)
-    assert [len(set(counts[k : k + 20])) for k in range(0, 80, 20)] == [1] * 4 and len(set(counts[:80])) == 4
+    network = games.learned(train(tmp_path, norm_obs=True))["network"]
+    seen = [torch.from_numpy(acts[0][0][1]), *(batch.obs for (_, _, batch, _), _ in learned)]
+    seen = torch.cat(seen)[:, -1].flatten(1).double()
+    assert list(dict.fromkeys(counts)) == [4, 64, 124, 184, 244] and len(seen) == 244
+    assert network["obs_statistics.count"] == 244
+    for name, expected in ("mean", seen.mean(0)), ("variance", seen.var(0, correction=0)):
+        found = network[f"obs_statistics.{name}"].double()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_explained_variance_is_of_the_returns(tmp_path, capsys, monkeypatch):
-    learned = recorded(monkeypatch, "learn")
-    _, scalars = train(tmp_path, capsys)
-    expected = [1 - ((b.returns - b.values).var() / b.returns.var()).item() for (_, _, b, _), _ in learned]
-    assert [value for _, value in scalars["losses/explained_variance"]] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+def test_explained_variance_is_of_the_returns(tmp_path, monkeypatch):
+    learned = recorded(monkeypatch, script, "learn")
+    curves = games.curves(train(tmp_path))
+    for ((_, _, batch, _), _), (_, found) in zip(learned, curves["losses/explained_variance"]):
+        expected = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+        assert found == pytest.approx(expected.item(), rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.slow
-def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, capsys):
-    reference, _ = train(tmp_path, capsys)
+def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
+    reference = games.learned(train(tmp_path))["network"]
+    assert not any("statistics" in name for name in reference)
     for changed in (
-        {"seed": 2}, {"learning_rate": 1e-3}, {"anneal_lr": False}, {"num_envs": 3}, {"num_steps": 10}, {"gamma": 0.5},
-        {"gae_lambda": 0.5}, {"num_minibatches": 3}, {"update_epochs": 1}, {"norm_adv": False}, {"clip_coef": 0.01},
-        {"clip_vloss": False}, {"norm_obs": True}, {"ent_coef": 0.1}, {"vf_coef": 0.1}, {"max_grad_norm": 0.1},
-        {"target_kl": 1e-9},
-        {"precision": "bfloat16"}, {"checkpoint_frequency": 60},
+        {"seed": 2}, {"learning_rate": 1e-3}, {"anneal_lr": False}, {"num_envs": 3},
+        {"num_steps": 10}, {"gamma": 0.5}, {"gae_lambda": 0.5}, {"num_minibatches": 3},
+        {"update_epochs": 1}, {"norm_adv": False}, {"clip_coef": 0.01}, {"clip_vloss": False},
+        {"norm_obs": True},
+        {"ent_coef": 0.1}, {"vf_coef": 0.1}, {"max_grad_norm": 0.1}, {"precision": "bfloat16"},
     ):  # fmt: skip
-        weights, _ = train(tmp_path, capsys, **changed)
-        assert not torch.equal(weights, reference), changed
-    weights, _ = train(tmp_path, capsys, exp_name="other", eval_episodes=1)
-    assert torch.equal(weights, reference)
-
-
-class FixedGames(script.OwnEnvs):
-    """Environment n plays games of n + 1 steps, and each step of its game g pays 10 to the power of g."""
-
-    def __init__(self, num_envs):
-        super().__init__(lambda: gym.make_vec("PPOScripted-v0", num_envs))
-        self.n = np.arange(num_envs)
-
-    def recv(self):
-        obs, _, terminated, truncated, info = super().recv()
-        self.t = np.where(self.t > self.n, 0, self.t + 1)  # the step that begins a new game is none of it
-        self.games += self.t == 0
-        rewards = np.where(self.t == 0, 0, 10.0**self.games)
-        return obs, rewards, terminated, truncated, info | {"episode_frame_number": self.t}
-
-    def reset(self, **keywords):
-        self.t, self.games = np.zeros((2, self.num_envs), int)
-        return super().reset(**keywords)
-
-
-def test_evaluation_is_one_whole_game_of_each_environment(tmp_path, monkeypatch, capsys):
-    """The first game of each, and all of it: lengths 1, 2, 3, 4, each step pays 1."""
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs: FixedGames(num_envs))
-    agent = script.Agent(3, bfloat16=False, norm_obs=False)
-    assert script.evaluate(script.Args(eval_episodes=4), agent, tmp_path) == (2.5, 2.5)
-    assert f"Evaluation: return 2.5 ± {np.std([1, 2, 3, 4]):.1f} over 4 episodes" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_lost_life_ends_the_learners_episode_and_a_reset_is_no_step(tmp_path, capsys, monkeypatch):
-    """Breakout itself, of five lives: four rows terminate and are followed by a step, the fifth by a reset."""
-    learned, advantages = recorded(monkeypatch, "learn"), recorded(monkeypatch, "gae")
-    _, scalars = train(
-        tmp_path, capsys, env_id="ALE/Breakout-v5", num_envs=2, num_steps=1000, total_timesteps=2000, update_epochs=1,
-        num_minibatches=4,
-    )  # fmt: skip
-    games = len(scalars["charts/episodic_return"])
-    ((_, _, batch, _), _), ((rewards, _, _, terminated, truncated, *_), _) = learned[0], advantages[0]
-    assert games >= 4 and len(batch.obs) == 2000 - games and not truncated.any()
-    assert 5 * games <= terminated.sum() <= 5 * games + 10
-    assert set(rewards.unique().tolist()) == {0.0, 1.0}
+        network = games.learned(train(tmp_path, **changed))["network"]
+        assert not games.same(network, reference), changed
+    others = {"exp_name": "other", "eval_episodes": 1, "eval_frequency": 60}
+    network = games.learned(train(tmp_path, **others, checkpoint_frequency=0))["network"]
+    assert games.same(network, reference)
