@@ -324,7 +324,7 @@ class HugeBounds(Line):
 
 
 class Drawn(Line):
-    """A picture in which the episode's step can be read. 300 steps to an episode."""
+    """Episodes of 3,000 steps. The white pixel tells the step."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
 
@@ -333,7 +333,9 @@ class Drawn(Line):
         return obs, reward, False, self.t == 3000, {}
 
     def render(self):
-        return np.full((8, 8, 3), self.t // 12, np.uint8)
+        picture = np.zeros((60, 51, 3), np.uint8)
+        picture.reshape(-1, 3)[self.t] = 255
+        return picture
 
 
 class CannotBeDrawn(Line):

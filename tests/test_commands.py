@@ -78,8 +78,9 @@ def test_a_run_and_its_folder(script, reference):
     assert {"checkpoint.pt", "best.pt", "result.json", "episode.gif", "events"} <= files
     assert not [name for name in files if name.endswith(".tmp")]
     result = json.loads((folder / "result.json").read_text())
-    assert f"Evaluation: return {result['episodic_return']:.1f} ±" in out[-2]
     args = state(folder)["args"]
+    assert f"Evaluation: return {result['episodic_return']:.1f} ±" in out[-2]
+    assert out[-2].endswith(f"over {args['eval_episodes']} episodes")
     assert args["total_timesteps"] <= result["steps"] and 0 < result["seconds"] < reference.seconds
     assert args["capture_video"] and args["resume"] is None
 
@@ -144,7 +145,8 @@ def test_killed_and_resumed_is_as_if_nothing_happened(script, bench, reference):
     run_dir = kill(bench, description(script).TINY, reference.seconds)
     (run_dir / "checkpoint.tmp").write_bytes(b"half a checkpoint")
     time.sleep(1)  # TensorBoard orders the files of a run by the second of their beginning
-    bench.train(f"--resume {run_dir}")
+    ended = bench.run(f"--resume {run_dir}")
+    assert ended.code == 0 and "Warning" not in ended.err, ended
     assert same(learned(run_dir), learned(reference.run_dir))
     assert curves(run_dir) == curves(reference.run_dir)
     assert not (run_dir / "checkpoint.tmp").exists()
@@ -230,12 +232,16 @@ def test_from_python(script, tmp_path, monkeypatch):
         assert torch.get_num_threads() == 3
         module = importlib.import_module(script)
         threads = set(threading.enumerate())
-        opened = []
+        opened, threads_seen, args = [], set(), settings(script, tmp_path)
 
         class Envs(module.Envs):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 opened.append(self)
+
+            def reset(self):
+                threads_seen.add(torch.get_num_threads())
+                super().reset()
 
             def close(self):
                 if self in opened:
@@ -243,8 +249,8 @@ def test_from_python(script, tmp_path, monkeypatch):
                 super().close()
 
         monkeypatch.setattr(module, "Envs", Envs)
-        result = module.train(settings(script, tmp_path))
-        assert opened == [] and torch.get_num_threads() == 3
+        result = module.train(args)
+        assert threads_seen == {args.num_threads} and opened == [] and torch.get_num_threads() == 3
         folder = tmp_path / result.folder
         assert json.loads((folder / "result.json").read_text()) == result._asdict()
         with pytest.raises(ValueError, match="is not finite"):

@@ -15,7 +15,7 @@ from torch import nn
 # For the tests that all scripts share.
 TINY = (
     "--total-timesteps 2000 --learning-starts 100 --buffer-size 700 --target-network-frequency 50 "
-    "--checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 4"
+    "--checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
 )
 OWN = "discrete"
 OWN_FLAGS = "--total-timesteps 6000"

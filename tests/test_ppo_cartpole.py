@@ -19,7 +19,7 @@ from torch.distributions import Categorical
 # For the tests that all scripts share.
 TINY = (
     "--total-timesteps 2000 --num-envs 4 --num-minibatches 2 --update-epochs 2 --norm-obs "
-    "--norm-reward --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 4"
+    "--norm-reward --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
 )
 OWN = "discrete"
 OWN_FLAGS = "--total-timesteps 10000"

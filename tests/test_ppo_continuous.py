@@ -20,7 +20,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 # For the tests that all scripts share.
 TINY = (
     "--total-timesteps 2000 --num-steps 64 --num-minibatches 4 --update-epochs 2 --norm-obs "
-    "--norm-reward --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 4"
+    "--norm-reward --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
 )
 OWN = "continuous"
 OWN_FLAGS = "--total-timesteps 10000 --num-steps 128 --num-minibatches 8"
