@@ -840,7 +840,8 @@ class Run:
         if (old := self.old_result()) is not None:
             print("This run has ended. To train it further, give a larger --total-timesteps.")
             return old
-        self.save()
+        if self.envs.steps > self.saved_step:
+            self.save()
         seconds = self.seconds + time.perf_counter() - self.start
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
