@@ -18,7 +18,7 @@ def test_a_script_and_its_test_file_are_enough(tmp_path):
     for path in (f"cleanrl_style/{old}.py", f"tests/test_{old}.py"):
         copy = tree / path.replace(old, new)
         copy.write_text((tree / path).read_text().replace(old, new))
-    subprocess.run([sys.executable, "tests/benchmarks/plot.py"], cwd=tree)  # TODO: check=True
+    subprocess.run([sys.executable, "tests/benchmarks/plot.py"], cwd=tree, check=True)
     tests = "test_conventions or test_help or test_another_seed"
     command = ["-m", "pytest", "tests/test_conventions.py", "tests/test_commands.py", "-rA", "-k", tests]
     ended = subprocess.run([sys.executable, *command], cwd=tree, capture_output=True, text=True)

@@ -470,6 +470,16 @@ def test_a_finished_run_that_is_resumed_says_so(bench, run_dir):
     assert result.steps == state(run_dir)["envs"]["steps"] and fingerprint(run_dir) == before
 
 
+def test_killed_in_the_last_evaluation(bench, run_dir):
+    """All is trained and saved, but there is no result: it is evaluated, and the checkpoint stays."""
+    before, result = fingerprint(run_dir), (run_dir / "result.json").read_text()
+    (run_dir / "result.json").write_text(result[:20])  # killed while it was written
+    bench.train("--resume run")
+    ours, theirs = (json.loads(text) for text in ((run_dir / "result.json").read_text(), result))
+    assert [*ours.values()][1:4] == [*theirs.values()][1:4]
+    assert fingerprint(run_dir)[run_dir / "checkpoint.pt"] == before[run_dir / "checkpoint.pt"]
+
+
 def test_the_file_may_be_named_in_place_of_the_folder(bench, run_dir):
     ended = bench.run("--resume run/checkpoint.pt --total-timesteps 3000")
     assert ended.code == 0 and ended.lines[-1] == "run" and state(run_dir)["envs"]["steps"] >= 3000

@@ -36,10 +36,6 @@ LEARNS = [
     ("--env-id cases:Aim-v0 --total-timesteps 80000 --num-steps 256 --num-minibatches 8", 9)
 ]
 # What others published, by the record's name after `<script>__`: shown beside our results.
-LEARNS = [
-    ("--env-id cases:Aim-v0 --total-timesteps 80000 --num-steps 256 --num-minibatches 8", 9),
-]
-
 PUBLISHED = {
     "Pendulum-v1": "Zoo -172 (100k)",
     "HalfCheetah-v5": "CleanRL 1443, Zoo 5819 (1M, older versions)",
