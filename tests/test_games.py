@@ -356,13 +356,13 @@ def test_interrupted_or_not_the_run_is_the_same(script, tmp_path, monkeypatch, e
     """To the last bit: killed twice and resumed, with checkpoints at other times; own environments
     that truncate, with a reward and ends in arrays, too; with new seeds before and after."""
     monkeypatch.setattr(script, "RESEED_FREQUENCY", 400)
-    args = games.settings(script, tmp_path, env_id=env_id)
+    args = games.settings(script, tmp_path, env_id=env_id, total_timesteps=1500, eval_episodes=1)
     undisturbed = games.train(script, args)
     changes = {"checkpoint_frequency": 170}
     if arrays:
         changes["env_kwargs"] = f'{{"arrays": {arrays}}}'
     args, recv = games.replace(args, **changes), script.Envs.recv
-    for limit in (700, 1500):
+    for limit in (700, 1300):
 
         def recv_until(self, *which):
             if self.steps > limit and self.stream == script.TRAINING:
