@@ -69,6 +69,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 SCRIPT = "ppo_continuous"  # named in checkpoints and messages
@@ -102,7 +103,7 @@ class Args:
     clip_coef: Positive = 0.2  # distance of the ratio from 1 at which it is clipped (epsilon)
     ent_coef: Weight = 0.01  # weight of the entropy in the loss
     vf_coef: Weight = 0.5  # weight of the value loss in the loss
-    max_grad_norm: Positive = 0.5  # gradients are clipped to this norm
+    max_grad_norm: Weight = 0.5  # gradients are clipped to this norm; 0: they are not
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of returns
 
@@ -130,7 +131,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment with flat observations and flat, bounded actions."""
     env = make_flat_env(args, render_mode)
     space = env.action_space
-    if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"):
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    if not (flat and space.dtype.kind == "f"):
         raise UsageError(f"needs a flat Box of float actions; {args.env_id} has {space}")
     if max(abs(space.low).max(), abs(space.high).max()) > 1e6:  # also inf, or the largest float
         raise UsageError(f"needs actions with bounds; {args.env_id} has {space}")
@@ -197,8 +199,8 @@ class Agent(nn.Module):
     def __init__(self, obs_size: int, low: np.ndarray, high: np.ndarray, norm_obs: bool) -> None:
         super().__init__()
         self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
-        self.register_buffer("low", torch.from_numpy(low))
-        self.register_buffer("high", torch.from_numpy(high))
+        self.register_buffer("low", torch.tensor(low))
+        self.register_buffer("high", torch.tensor(high))
         self.actor = nn.Sequential(  # the small gain makes the first means nearly 0
             layer(obs_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, len(low), 0.01)
         )
@@ -221,7 +223,7 @@ class Agent(nn.Module):
 
 
 def make_network(args: Args, envs: "Envs") -> Agent:
-    """An agent for these environments."""
+    """An agent for these environments, with the bounds of their actions."""
     return Agent(envs.obs.shape[1], envs.action_space.low, envs.action_space.high, args.norm_obs)
 
 
@@ -279,11 +281,12 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
     The gradient is 0 where the ratio is clipped and has moved as A asks for. Where it has moved
     the other way, the minimum is the unclipped term, and the gradient brings it back.
     """
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
 class Batch(NamedTuple):
-    """Steps of a rollout, B in a minibatch. Row b of each:"""
+    """Steps of a rollout, B in a minibatch, with K numbers an action. Row b of each:"""
 
     obs: Tensor  # observation, not normalised, (B, O)
     actions: Tensor  # action, not clipped, (B, K)
@@ -297,7 +300,8 @@ def make_batch(
     agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor,
     terminated: Tensor, truncated: Tensor, args: Args,
 ) -> Batch:  # fmt: skip
-    """Advantages of a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N).
+    """Advantages of a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N)
+    -> T * N rows.
 
     next_obs holds the last observation of an episode, not the first one of the next. The agent is
     still the one of the rollout, so pi_old and V_old are computed here, in one pass.
@@ -305,7 +309,8 @@ def make_batch(
     means, values = agent(obs)
     _, next_values = agent(next_obs)
     log_probs, _ = log_prob_and_entropy(means, agent.log_std, actions)
-    advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+    ends = terminated, truncated
+    advantages = gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     columns = obs, actions, log_probs, advantages, advantages + values
     return Batch(*(column.flatten(0, 1) for column in columns))
 
@@ -313,7 +318,7 @@ def make_batch(
 def update(
     agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """One gradient step on the B steps of a minibatch -> metrics."""
+    """One gradient step on B steps, for a normal distribution -> metrics."""
     means, values = agent(batch.obs)
     log_probs, entropy = log_prob_and_entropy(means, agent.log_std, batch.actions)
     log_ratio = log_probs - batch.log_probs
@@ -326,7 +331,8 @@ def update(
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # 2017, equation 9
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    if args.max_grad_norm > 0:
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
     with torch.no_grad():
         return {
@@ -437,24 +443,25 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
-    tqdm.write(f"Evaluation: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-    return float(returns.mean()), float(lengths.mean())
+    mean, deviation = returns.mean(), returns.std()
+    tqdm.write(f"Evaluation: return {mean:.1f} ± {deviation:.1f} over {len(returns)} episodes")
+    return float(mean), float(lengths.mean())
 
 
-# ---- Plumbing: episodes, runs, checkpoints, command line. Nothing of the algorithm follows -------
+# ---- Plumbing: nothing of the algorithm from here on ---------------------------------------------
 
-MAX_EPISODE_STEPS = 10_000  # time limit of environments that have none of their own
+MAX_EPISODE_STEPS = 10_000  # time limit where an environment has none
 MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
 TRAINING, EVALUATION = 0, 1  # streams of seeds
 
 
 class UsageError(ValueError):
-    """What the user can mend, or has to know. `main` prints it as one line."""
+    """What the user can mend: `main` prints one line."""
 
 
 @contextlib.contextmanager
 def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Makes errors of these types a UsageError: of one line, and about `what`."""
+    """Turns these errors into a UsageError."""
     try:
         yield
     except errors as error:
@@ -463,7 +470,7 @@ def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 class Result(NamedTuple):
-    """What came of a run; also in its result.json. Means are over the episodes of evaluation."""
+    """Of a run. Return and length are means over the evaluation."""
 
     folder: str
     episodic_return: float
@@ -473,12 +480,13 @@ class Result(NamedTuple):
 
 
 def check(args: "Args") -> None:
-    """Refuses arguments that have another type than theirs, or are out of bounds."""
+    """Refuses arguments of the wrong type or out of bounds."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if type(value) not in (str, int, float, bool, type(None)):
             raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
-        str(value).encode()  # raises a ValueError if it is not UTF-8
+        with refusing(flag, UnicodeError):  # it is not UTF-8
+            str(value).encode()
         if hasattr(hint, "__metadata__"):
             kind, (low, high) = hint.__origin__, hint.__metadata__
             if not (isinstance(value, int | kind) and low <= value <= high):
@@ -488,15 +496,16 @@ def check(args: "Args") -> None:
 
 
 def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
-    """The environment, with a time limit, and with observations that are vectors."""
+    """The environment, with a time limit and flat observations."""
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
     os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
-    errors = gym.error.Error, ImportError, *([TypeError, ValueError] if args.env_kwargs != "{}" else [])
-    with refusing(f"cannot make the environment {args.env_id!r} with {args.env_kwargs}", *errors):
+    errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
+    what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+    with refusing(what, gym.error.Error, ImportError, *errors):
         if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
             raise ImportError("this is no name")
-        kwargs = json.loads(args.env_kwargs)
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     if render_mode is not None:
         with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
             env.reset()
@@ -514,22 +523,22 @@ def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
 class Envs:
     """N environments, stepped side by side. Where an episode ends, the next one begins.
 
-    An episode is given by its seed and its actions, and its seed by (the run's seed, the stream,
-    the environment, the episode's number). A checkpoint holds this number and the actions so far;
-    `reset` replays them, and the environments stand where they stood.
+    Seed and actions determine an episode. A checkpoint holds its number, which gives the seed, and
+    its actions so far; `reset` replays them.
     """
 
     def __init__(self, args: Args, num_envs: int, stream: int, draw: bool = False) -> None:
-        self.envs = [make_env(args, "rgb_array" if draw and i == 0 else None) for i in range(num_envs)]
+        modes = ["rgb_array" if draw and i == 0 else None for i in range(num_envs)]
+        self.envs = [make_env(args, mode) for mode in modes]
         self.seed, self.stream = args.seed, stream
         self.fps = self.envs[0].metadata.get("render_fps") or 30
         flattened = isinstance(self.envs[0], gym.wrappers.FlattenObservation)
         self.obs_space = (self.envs[0].env if flattened else self.envs[0]).observation_space
         self.action_space = self.envs[0].action_space
-        self.first_action = getattr(self.action_space, "start", 0)  # nearly always 0
+        self.first_action = getattr(self.action_space, "start", 0)
         self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
-        self.steps, self.finished = 0, []  # of all; (step, return, length) of each finished episode
-        self.episodes = [0] * num_envs  # finished ones; of the running ones, the following three
+        self.steps, self.finished = 0, []  # (step, return, length) of each
+        self.episodes = [0] * num_envs  # finished; of the running ones:
         self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
         self.actions = [[] for _ in self.envs]
 
@@ -540,21 +549,20 @@ class Envs:
         self.obs[i] = np.reshape(self.envs[i].reset(seed=seed)[0], -1)
 
     def reset(self) -> None:
-        """Begins the first episodes, or those of a checkpoint, up to where they were."""
+        """Begins the episodes, and replays the actions of a checkpoint."""
         saved = self.obs.copy()
         for i, env in enumerate(self.envs):
             self.begin(i)
             for action in self.actions[i]:
                 self.obs[i] = np.reshape(env.step(action)[0], -1)
         if self.steps > 0 and not np.array_equal(saved, self.obs):
-            print("Warning: an episode was not the same when it was repeated. The run goes on, "
-                  "but not exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+            print("Warning: seed and actions do not repeat an episode. The run goes on, but not "
+                  "exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
 
     def step(self, actions: np.ndarray, which: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-        """One step in all environments, or in the n of `which`, by actions (n, ...).
-
-        Returns next_obs (n, O), rewards, terminated, truncated (n,). Where an episode ended,
-        next_obs is its last observation, and self.obs is the first one of the next episode.
+        """One step in all environments, or in the n of `which`: actions (n, ...) -> next_obs
+        (n, O), rewards, terminated, truncated (n,). Where an episode ended, next_obs is its last
+        observation, and self.obs is the first one of the next.
         """
         which = range(len(self.envs)) if which is None else which
         next_obs = np.empty((len(which), *self.obs.shape[1:]), np.float32)
@@ -563,7 +571,7 @@ class Envs:
         for row, (i, action) in enumerate(zip(which, actions + self.first_action)):
             obs, reward, terminated[row], truncated[row], _ = self.envs[i].step(action)
             next_obs[row] = self.obs[i] = np.reshape(obs, -1)
-            rewards[row] = reward = np.asarray(reward).item()  # it may be an array of one number
+            rewards[row] = reward = np.asarray(reward).item()  # it may be an array
             self.steps += 1
             self.returns[i] += reward
             self.lengths[i] += 1
@@ -578,70 +586,74 @@ class Envs:
         return next_obs, rewards, terminated, truncated
 
     def render(self) -> np.ndarray:
-        """A picture of the first environment, (H, W, 3)."""
         return self.envs[0].render()
 
     def close(self) -> None:
-        """Closes all environments, once."""
         while self.envs:
             self.envs.pop().close()
 
     def state_dict(self) -> dict:
-        """What a checkpoint holds."""
         actions = [torch.from_numpy(np.array(actions)) for actions in self.actions]
         counts = {name: getattr(self, name) for name in ("steps", "episodes", "returns", "lengths")}
         return counts | {"actions": actions, "obs": torch.from_numpy(self.obs)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes that back; then `reset` has to be called."""
         if state["obs"].shape != self.obs.shape:
             raise ValueError(f"observations were {tuple(state['obs'].shape)}, {self.obs.shape} now")
-        self.steps, self.episodes = int(state["steps"]), list(state["episodes"])
-        self.returns, self.lengths = list(state["returns"]), list(state["lengths"])
+        for name, kind in ("episodes", int), ("returns", float), ("lengths", int):
+            setattr(self, name, [kind(value) for value in state[name]])
+        self.steps = int(state["steps"])
         self.actions = [list(actions.numpy()) for actions in state["actions"]]
         self.obs = state["obs"].numpy()
 
 
 class Run:
-    """A training's folder, lock, log, progress bar and checkpoints; closed however it ends."""
+    """Folder, log, progress bar and checkpoints of a training."""
 
     def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
         self.args, self.envs, self.network = args, envs, network
-        self.parts = {"envs": envs, "network": network} | parts  # what a checkpoint holds
-        self.seconds, self.best, self.saved_step = 0.0, -math.inf, -1
+        self.parts = {"envs": envs, "network": network} | parts
+        self.seconds, self.best_return, self.saved_step = 0.0, -math.inf, -1
         self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
-        with contextlib.ExitStack() as stack:  # closes what is open if something fails
+        with contextlib.ExitStack() as stack:
             stack.callback(envs.close)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(args.num_threads or os.cpu_count())
-            if args.capture_video:  # what is missing should not come to light after the training
+            torch.backends.cudnn.deterministic = True
+            if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
-            with refusing("cannot write", OSError):  # for example if another process has the lock
-                self.folder = make_folder(args) if args.resume is None else Path(args.resume)
+            with refusing("cannot write", OSError):  # or it is locked by another process
+                new = args.resume is None
+                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
                 stack.enter_context(FileLock(self.folder / "lock", blocking=False))
             for part in parts.values():
-                if hasattr(part, "open"):  # it keeps files in the folder
+                if hasattr(part, "open"):
                     part.open(self.folder, args.resume is not None)
                     stack.callback(part.close)
             if args.resume is not None:
                 self.load()
+            if self.old_result() is not None:
+                self.stack = stack.pop_all()
+                return
             envs.reset()
             self.first_step, self.start = envs.steps, time.perf_counter()
-            self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
-            stack.callback(self.writer.close)
-            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", envs.steps)
-            moves = sys.stderr.isatty() or "ipykernel" in sys.modules  # else: few lines in a log
+            rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
+            table = "\n".join(f"|{name}|{value}|" for name, value in rows)
+            with refusing("cannot write the log", OSError):
+                self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+                stack.callback(self.close_log)
+                self.writer.add_text("hyperparameters", table, envs.steps)
+            moves = sys.stderr.isatty() or "ipykernel" in sys.modules
             self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
                             unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
             stack.callback(self.bar.close)
-            if (threading.current_thread() is threading.main_thread()
-                    and signal.getsignal(signal.SIGINT) is signal.default_int_handler):  # fmt: skip
-                stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
-                signal.signal(signal.SIGINT, self.interrupt)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    signal.signal(signal.SIGINT, self.interrupt)
+                    stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
             print(f"Training in {self.folder}", flush=True)
             if self.saved_step < 0:
-                self.save()  # from here on there is something to resume
+                self.save()
             self.stack = stack.pop_all()
 
     def __enter__(self) -> "Run":
@@ -655,12 +667,12 @@ class Run:
                            f"step {self.saved_step}:\n{command}")  # fmt: skip
 
     def interrupt(self, *_: object) -> None:
-        """Ctrl-C lets the loop end its round and save; once more, and it stops at once."""
+        """Ctrl-C ends after this round; a second one at once."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def goes_on(self) -> bool:
-        """Whether there are steps left to train. Saves after Ctrl-C, and stops."""
+        """Whether there are steps left."""
         if self.interrupted:
             self.save()
             raise KeyboardInterrupt
@@ -668,13 +680,15 @@ class Run:
         return self.envs.steps < self.args.total_timesteps
 
     def is_due(self, frequency: int) -> bool:
-        """Whether this round of the loop has passed a multiple of so many steps."""
-        return frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        """Whether this round passed a multiple of `frequency`. `finish` cares for the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        return passed and self.envs.steps < self.args.total_timesteps
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
-        """Writes metrics and the episodes that have ended, moves the bar, looks for NaN."""
-        seconds = time.perf_counter() - self.start
-        metrics = metrics | {"charts/SPS": (self.envs.steps - self.first_step) / seconds}
+        """Writes metrics and finished episodes, and stops at NaN."""
+        if metrics:
+            speed = (self.envs.steps - self.first_step) / (time.perf_counter() - self.start)
+            metrics = metrics | {"charts/SPS": speed}
         with refusing("cannot write the log", OSError):
             for step, episodic_return, length in self.envs.finished:
                 self.writer.add_scalar("charts/episodic_return", episodic_return, step)
@@ -691,60 +705,76 @@ class Run:
             raise UsageError("a loss or a weight is not finite: try a lower --learning-rate")
 
     def save(self) -> None:
-        """Writes a checkpoint. It changes nothing in the run, so this may happen at any step."""
+        """Writes a checkpoint, which changes nothing in the run."""
         self.log({})
-        self.writer.flush()  # the log must not lag behind the checkpoint
+        with refusing("cannot write the log", OSError):
+            self.writer.flush()
         seconds = self.seconds + time.perf_counter() - self.start
-        state = {"best": self.best, "seconds": seconds, "random_state": torch.get_rng_state()}
+        state = {"seconds": seconds, "random_state": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
         self.saved_step = self.envs.steps
 
     def load(self) -> None:
-        """Goes back to the checkpoint. Optimizers keep their settings, which may be new ones."""
-        state = read_checkpoint(self.folder)
-        with refusing(f"the checkpoint in {self.folder} does not fit", Exception):
-            self.seconds, self.best = float(state["seconds"]), float(state["best"])
+        """Reads the checkpoint, but not the settings of optimizers: they may be new."""
+        state = read_checkpoint(self.args.resume)
+        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+            self.seconds = float(state["seconds"])
             torch.set_rng_state(state["random_state"])
             for name, part in self.parts.items():
                 if isinstance(part, torch.optim.Optimizer):
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
         self.saved_step = self.envs.steps
+        if (self.folder / "best.pt").exists():
+            self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
 
-    def evaluate(self) -> None:
-        """Evaluates while training, and keeps the best network so far in best.pt."""
-        mean, length = evaluate(self.args, self.network)
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        """Evaluates, and keeps the best network in best.pt."""
+        mean, length = evaluate(self.args, self.network, gif)
         self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
-        if mean > self.best:
-            self.best, state = mean, {"network": self.network.state_dict()}
+        if mean > self.best_return:
+            self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
             write_checkpoint(self.folder / "best.pt", self.args, state)
+        return mean, length
+
+    def old_result(self) -> Result | None:
+        """The result, if the run ended before it was resumed."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            result = Result(**json.loads((self.folder / "result.json").read_text()))
+            if result.steps == self.envs.steps >= self.args.total_timesteps:
+                return result._replace(folder=str(self.folder))
+        return None
 
     def finish(self) -> Result:
-        """Saves, evaluates, and writes result.json and the last points of the log."""
-        path, steps = self.folder / "result.json", self.envs.steps
-        if steps > self.saved_step:
-            self.save()
-        elif path.exists() and json.loads(path.read_text())["steps"] == steps:
+        """Saves, evaluates, writes the result."""
+        if (old := self.old_result()) is not None:
             print("This run has ended. To train it further, give a larger --total-timesteps.")
-            return Result(**json.loads(path.read_text()) | {"folder": str(self.folder)})
+            return old
+        self.save()
         seconds = self.seconds + time.perf_counter() - self.start
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
-        mean, length = evaluate(self.args, self.network, gif)
-        if gif is not None:  # add_image would show a still picture
-            image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
-            summary = Summary(value=[Summary.Value(tag="eval/episode", image=image)])
-            self.writer.file_writer.add_summary(summary, steps)
-        self.log({"eval/episodic_length": length})
-        # The tab HPARAMS: first which script it was, and its result.
+        mean, length = self.evaluate(gif)
+        # exp_name and return are the first columns of HPARAMS.
         row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
         row = {name: value for name, value in row.items() if value is not None}
-        self.writer.add_hparams(row, {"eval/episodic_return": mean}, run_name=".", global_step=steps)
-        result = Result(str(self.folder), mean, length, steps, seconds)
-        with refusing("cannot write", OSError):
-            path.write_text(json.dumps(result._asdict()))
+        summaries = list(hparams(row, {"eval/episodic_return": mean}))
+        result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
+        with refusing("cannot write the result", OSError):
+            if gif is not None:  # add_image would show a still picture
+                image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+                summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, self.envs.steps)
+            self.writer.flush()
+            (self.folder / "result.json").write_text(json.dumps(result._asdict()))
         return result
+
+    def close_log(self) -> None:
+        """On a full disk, this would fail once more."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
 
 
 def make_folder(args: Args) -> Path:
@@ -756,7 +786,7 @@ def make_folder(args: Args) -> Path:
 
 
 def write_checkpoint(path: Path, args: Args, state: dict) -> None:
-    """Writes a new file, then renames it: whenever the process dies, old or new one is whole."""
+    """Writes a new file and renames it, so that one is always whole."""
     new = path.with_suffix(".tmp")
     state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
     try:
@@ -770,7 +800,7 @@ def write_checkpoint(path: Path, args: Args, state: dict) -> None:
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """checkpoint.pt in the folder of a run; or the file itself."""
+    """The file itself, or checkpoint.pt in that folder."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {str(path)!r}")
@@ -778,19 +808,19 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """What `write_checkpoint` wrote, if it is unchanged to the last byte."""
+    """A checkpoint of this script, unchanged since it was written."""
     path = checkpoint_path(path)
-    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):  # fails in a dozen ways
+    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of a stranger
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         if state["script"] != SCRIPT:
             raise ValueError(f"it is one of {state['script']}.py")
         return state | {"args": Args(**state["args"])}
 
 
 def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs, nn.Module]:
-    """A checkpoint's arguments, environments (closed) that it is for, and its network."""
+    """Arguments, environments (closed) and network of a checkpoint."""
     state = read_checkpoint(path)
     args = args or state["args"]
     with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
@@ -801,10 +831,7 @@ def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs
 
 
 def load_policy(path: str | Path) -> Callable:
-    """The policy of a run, or of a best.pt: a function from one observation to one action.
-
-    Both are as in the environment: `env.step(policy(obs))`.
-    """
+    """The policy of a run, or of a best.pt, for `env.step(policy(obs))`."""
     args, envs, network = load_network(path)
 
     def policy(obs):
@@ -815,14 +842,15 @@ def load_policy(path: str | Path) -> Callable:
 
 
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, the arguments of that run are the defaults."""
-    words = [re.sub(r"^(\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), w) for w in sys.argv[1:]]
+    """The command line; a run's arguments are the defaults of --resume and --evaluate."""
+    words = [re.sub(r"^((?:--.*=)?\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), word)
+             for word in sys.argv[1:]]  # fmt: skip
     runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
     run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
     default = Args()
     if (run.resume is None) != (run.evaluate is None):
         default = replace(read_checkpoint(run.resume or run.evaluate or "")["args"], **vars(run))
-    # --help shows two groups of arguments: what is learned, and from exp_name on, how it is run.
+    # Two groups in --help: the algorithm and, from exp_name on, the run.
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Args), re.M))
     groups, hints = {"algorithm": [], "run": []}, get_type_hints(Args, include_extras=True)
     for name in asdict(default):
@@ -830,20 +858,23 @@ def parse_args() -> Args:
         hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
         groups[group].append((name, hint, getattr(default, name)))
     parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
-    command = make_dataclass("Command", [(n, tyro.conf.OmitArgPrefixes[p]) for n, p in parts.items()])
-    doc = __doc__ or SCRIPT  # python -OO leaves no docstring
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    command = make_dataclass("Command", fields)
+    doc = __doc__ or SCRIPT  # none with python -OO
     about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
     parsed = tyro.cli(command, args=words, description="\n\n".join(about))
     with refusing("arguments", ValueError, RuntimeError, AssertionError):
         args = Args(**vars(parsed.algorithm), **vars(parsed.run))
-        torch.zeros(1, device=args.device).cpu()  # is there such a device?
+        torch.zeros(1, device=args.device).cpu()  # is it there?
         return args
 
 
 def main() -> None:
-    """Trains or evaluates as the command line says. The last line is the folder of the run."""
+    """Trains or evaluates, and prints the folder of the run last."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to end
+        sys.stdout.reconfigure(errors="replace")  # where there is no ±
+    hook = threading.excepthook  # TensorBoard raises its errors twice
+    threading.excepthook = lambda args: "tensorboard" in type(args.thread).__module__ or hook(args)
     try:
         args = parse_args()
         if args.evaluate is None:

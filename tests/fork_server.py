@@ -1,10 +1,14 @@
-"""Runs scripts as `python SCRIPT ARGUMENTS` does, without the seconds that Python takes to begin and to end with PyTorch.
+"""Runs scripts as `python SCRIPT ARGUMENTS` does, without the seconds that PyTorch takes to begin and to end.
 
-This program imports what all scripts import, once, and forks for each command that it reads, a line of JSON. The child
-becomes what a new process would be: its folder, environment, standard streams and random numbers are its own. When it
-has ended, its exit code is printed, negative if a signal ended it; a child that takes too long gets SIGALRM.
+It imports what the scripts import, once, and forks for each command that it reads, a line of JSON.
+The child becomes what a new process would be: its folder, environment, standard streams and random
+numbers are its own. After so many seconds, a signal ends it at once, as `kill -9` does. Then the
+exit code is printed, negative if a signal ended it.
 """
 
+import ast
+import contextlib
+import importlib
 import json
 import os
 import random
@@ -12,22 +16,24 @@ import runpy
 import signal
 import sys
 import traceback
+from pathlib import Path
 
-import gymnasium  # noqa: F401
 import numpy as np
-import PIL.Image  # noqa: F401
-import torch.utils.tensorboard
-import tqdm  # noqa: F401
-import tyro  # noqa: F401
+import torch
 
+for path in (Path(__file__).parent.parent / "cleanrl_style").glob("*.py"):
+    for node in ast.parse(path.read_text()).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
 torch.optim.Adam([torch.zeros(1)])  # the first optimizer imports a thousand modules more
 
 
-def become(
-    script: str, arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str, timeout: int
-) -> None:
+def become(arguments: list[str], folder: str, environment: dict, out: str, err: str, seconds: float) -> None:
     """Makes this process the command's."""
-    signal.alarm(timeout)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, path in enumerate((os.devnull, out, err)):
         os.dup2(os.open(path, os.O_RDWR), descriptor)
     os.chdir(folder)
@@ -35,7 +41,8 @@ def become(
     os.environ.update(environment)
     random.seed()
     np.random.seed()
-    sys.argv, sys.path[0] = [script, *arguments], folder
+    torch.seed()  # a new process always has the same one: a script that forgets to seed is found
+    sys.argv, sys.path[0] = arguments, folder
 
 
 def run(script: str) -> int:
@@ -51,11 +58,10 @@ def run(script: str) -> int:
 
 
 for line in sys.stdin:
-    command = json.loads(line)
     child = os.fork()
     if child == 0:
-        become(**command)
-        code = run(command["script"])
+        become(**json.loads(line))
+        code = run(sys.argv[0])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # without tidying up the memory, which takes a second

@@ -79,8 +79,8 @@ class Diary(gym.Env):
         return obs, self.wrap(5.0 * action), self.wrap(ends[0]), self.wrap(ends[1]), {}
 
 
-gym.register("Diary-v0", entry_point=Diary)
-gym.register("LimitedDiary-v0", entry_point=Diary, max_episode_steps=9)
+gym.register("PixelDiary-v0", entry_point=Diary)
+gym.register("LimitedPixelDiary-v0", entry_point=Diary, max_episode_steps=9)
 
 
 class Fixed:

@@ -85,7 +85,7 @@ def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeyp
     monkeypatch.setattr(learn, "HERE", tmp_path)
     monkeypatch.setattr(plot, "RESULTS", tmp_path / "results")
     flags = ["--seeds", "3-4", "--solved", "1", "--total-timesteps", "3000"]
-    arguments = ["reinforce_cartpole", *flags, "--episodes-per-update", "2"]
+    arguments = ["reinforce_cartpole", *flags, "--num-envs", "2"]
     learn.main([*arguments, "--variant", "quick"])
     (path,) = (tmp_path / "results").iterdir()
     first = path.read_text().replace("# seeds:", "# note: by hand\n# seeds:")
@@ -96,7 +96,7 @@ def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeyp
     head = record.head
     assert head["command"] == (
         "python cleanrl_style/reinforce_cartpole.py "
-        "--total-timesteps 3000 --episodes-per-update 2 --seed SEED"
+        "--total-timesteps 3000 --num-envs 2 --seed SEED"
     )
     assert head["seeds"] == "3-4" and "torch" in head["versions"] and "median" in head["wall time"]
     assert (record.script, record.env_id) == ("reinforce_cartpole", "CartPole-v1")

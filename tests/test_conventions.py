@@ -1,167 +1,182 @@
-"""What every script must look like, read from its source. As the files share no code, these tests hold them together.
+"""What every script looks like. The scripts share no code: these tests hold them together.
 
-Each rule is a function over {file name: source} that yields complaints. It is applied to the scripts, and to a
-broken copy of one, where it must complain: a rule that cannot fail holds nothing.
+Each rule is a function over {name of a script: source} that yields complaints. It is applied to the
+scripts, and to a broken copy of one, where it must complain: a rule that cannot fail holds nothing.
 """
 
 import ast
-import difflib
 import importlib.metadata
-import inspect
+import itertools
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, TESTS
 
-SOURCES = {path.name: path.read_text() for path in SCRIPTS}
-README = (ROOT / "README.md").read_text()
+SOURCES = {path.stem: path.read_text() for path in SCRIPTS}
 
 HEADINGS = ["Paper", "Idea", "Differs", "Shapes", "Run", "Expect"]
+PLUMBING = "# ---- Plumbing"  # from this headline to the end, all scripts are the same
 
 # Every tag that a script may write. One name means one thing, in all scripts.
 TAGS = {
-    "charts/episodic_return",  # of the episodes that ended, the environment's own reward, undiscounted
+    "charts/episodic_return",  # of each finished episode: sum of the environment's own rewards
     "charts/episodic_length",  # in steps
     "charts/learning_rate",
     "charts/SPS",  # environment steps per second, since the start or the resumption
     "charts/epsilon",  # probability of a random action
-    "losses/td_loss",  # of the last gradient step's batch, as is
+    "losses/td_loss",  # of the last gradient step's batch
     "losses/q_values",  # mean of Q(s, a)
     "losses/policy_loss",
     "losses/value_loss",
-    "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches of an update
-    "losses/clipfrac",  # share of the steps where the policy's ratio is beyond its clip
+    "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches
+    "losses/clipfrac",  # share of the steps where the ratio is clipped
     "losses/explained_variance",  # of the returns, by the values before the update
     "losses/entropy",  # of the policy, in nats, mean over the steps
-    "eval/episodic_return",  # mean over the evaluation episodes: greedy, but on Atari as each script says
+    "eval/episodic_return",  # mean over the episodes of one evaluation
     "eval/episodic_length",
-    "eval/episode",  # the animated picture
-    "hyperparameters",  # the arguments, as text
+    "eval/episode",  # the GIF
 }
 
 # Every script takes these flags, in this order within its own.
 COMMON_FLAGS = [
-    "env_id", "seed", "total_timesteps", "exp_name", "runs_dir", "device", "checkpoint_frequency", "resume",
-    "evaluate", "eval_episodes", "capture_video",
+    "env_id", "env_kwargs", "seed", "total_timesteps", "num_envs", "exp_name", "runs_dir", "device",
+    "num_threads", "checkpoint_frequency", "eval_frequency", "eval_episodes", "capture_video",
+    "resume", "evaluate",
 ]  # fmt: skip
 
-# Functions and classes that have one name but not one code, with the reason. All others must be equal, word for word.
-OWN_CODE = {
-    "Args": "every algorithm has settings of its own",
-    "__post_init__": "and its own impossible values",
-    "train": "is the algorithm",
-    "update": "is the algorithm",
-    "evaluate": "acts as the algorithm does",
-    "main": "builds the networks of the algorithm",
-    "make_envs": "asks for the spaces that the algorithm can handle",
-    "__init__": "networks differ",
-    "forward": "networks differ",
-    "save": "lists what the algorithm must remember",
-    "pick_device": "depends on how large the networks are",
-    "make_network": "networks differ",
-    "QNetwork": "networks differ",
-    "Batch": "observations differ",
-    "ReplayBuffer": "numbers are stored as they are, frames once each",
-    "add": "is part of ReplayBuffer",
-    "sample": "is part of ReplayBuffer",
-    "state_dict": "is part of ReplayBuffer",
-    "load_state_dict": "is part of ReplayBuffer",
-    "Agent": "networks differ",
-    "make_agent": "networks differ",
-    "act": "policies differ, and those from pixels are too expensive to be asked twice",
-    "make_batch": "policies differ",
-    "log_prob_and_entropy": "policies differ",
-    "play_greedily": "acts as the algorithm does",
-}
-
-MODULE_OF_A_DEPENDENCY = {"numpy": "gymnasium", "PIL": "tensorboard"}  # not named: these packages require them
+# Packages that need not be named, with the one that requires them.
+COMES_WITH = {
+    "numpy": ("numpy", "gymnasium"), "PIL": ("pillow", "tensorboard"), "filelock": ("filelock", "torch")
+}  # fmt: skip
 
 
-# ---- The rules ------------------------------------------------------------------------------------------------------
+# ---- The rules -----------------------------------------------------------------------------------
+
+
+def described(sources):
+    """The constants at the top of a script's test file, without which it would not be tested."""
+    for name in sources:
+        path = TESTS / f"test_{name}.py"
+        tree = ast.parse(path.read_text() if path.exists() else "")
+        found = {target.id for node in tree.body if isinstance(node, ast.Assign)
+                 for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+        for constant in ("TINY", "OWN", "OWN_FLAGS", "WRONG_SPACES", "DIVERGES", "BAD"):
+            if constant not in found:
+                yield f"{name}: tests/{path.name} has no {constant} (tests/README.md)"
 
 
 def docstrings(sources):
     for name, source in sources.items():
-        docstring = ast.get_docstring(ast.parse(source)) or ""
-        lines = docstring.splitlines()
-        if not 15 <= len(lines) <= 35:
+        tree = ast.parse(source)
+        docstring = ast.get_docstring(tree) or ""
+        lines = docstring.splitlines() or [""]
+        if not 15 <= len(lines) <= 45:
             yield f"{name}: the docstring has {len(lines)} lines"
         found = [line.split()[0] for line in lines[1:] if re.match(r"[A-Z]\w+ {2,}\S", line)]
         if found != HEADINGS:
             yield f"{name}: the docstring's headings are {found}, not {HEADINGS}"
-        if "TODO" in docstring or not lines or not lines[0].endswith("."):
+        if "TODO" in docstring or not lines[0].endswith("."):
             yield f"{name}: the docstring is unfinished"
-        for line in re.findall(r"python (\w+\.py)", docstring):
-            if line != name:
-                yield f"{name}: the docstring runs {line}"
+        for other in set(re.findall(r"python (\w+)\.py", docstring)) - {name}:
+            yield f"{name}: the docstring runs {other}.py"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not ast.get_docstring(node):
+                yield f"{name}: {node.name} has no docstring"
 
 
 def imports(sources):
     for name, source in sources.items():
-        metadata = {package for package, _, _ in requirements(inline_metadata(source)[1])}
-        project = {other.removesuffix(".py") for other in sources} | {"cleanrl_style", "tests"}
+        packages = {package for package, _, _ in requirements(inline_metadata(source))}
+        packages |= set(sys.stdlib_module_names) | set(COMES_WITH)
         for node in ast.walk(ast.parse(source)):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
             for module in (module.split(".")[0] for module in modules):
-                package = MODULE_OF_A_DEPENDENCY.get(module, module.replace("_", "-"))
-                if module in project or module == "":
-                    yield f"{name}: imports {module}, a file of this project"
-                elif module not in sys.stdlib_module_names and package not in metadata:
+                if module.replace("_", "-") not in packages and module not in packages:
                     yield f"{name}: imports {module}, which its metadata does not name"
-
-
-def arguments(source):
-    """Name -> (annotation, default, comment) of the fields of Args."""
-    (node,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
-    lines = source.splitlines()
-    return {
-        field.target.id: (
-            ast.unparse(field.annotation), ast.unparse(field.value),
-            lines[field.end_lineno - 1][field.end_col_offset :].strip().removeprefix("# "),
-        )
-        for field in node.body if isinstance(field, ast.AnnAssign)
-    }  # fmt: skip
 
 
 def flags(sources):
     seen = {}
     for name, source in sources.items():
-        fields = arguments(source)
-        if [field for field in fields if field in COMMON_FLAGS] != COMMON_FLAGS:
+        found = re.findall(r"^    (\w+): (.*?) = (.*?)(?:  # (.*))?$", args_of(source), re.M)
+        if [flag for flag, *_ in found if flag in COMMON_FLAGS] != COMMON_FLAGS:
             yield f"{name}: does not have the common flags in their order"
-        for field, (annotation, _, comment) in fields.items():
-            if not re.search(rf"\b(args|saved|self)\.{field}\b", source):
-                yield f"{name}: nothing reads --{field.replace('_', '-')}"
+        for flag, kind, _, comment in found:
+            if not re.search(rf"\b(args|self)\.{flag}\b", source):
+                yield f"{name}: nothing reads {flag}"
             if not comment:
-                yield f"{name}: --{field} has no comment"
-            meaning = annotation.removesuffix(" | None"), comment  # one script may do without what another needs
-            if seen.setdefault(field, meaning) != meaning:
-                yield f"{name}: --{field} has another type or comment elsewhere"
-        if 'exp_name: str = SCRIPT' not in source or f'SCRIPT = "{name.removesuffix(".py")}"' not in source:
+                yield f"{name}: {flag} has no comment"
+            meaning = kind.removesuffix(" | None"), comment
+            if seen.setdefault(flag, meaning) != meaning:
+                yield f"{name}: {flag} has another type or comment elsewhere"
+        if f'\nSCRIPT = "{name}"' not in source or "    exp_name: str = SCRIPT  # " not in source:
             yield f"{name}: SCRIPT is not its name"
 
 
+def args_of(source):
+    (args,) = [n for n in ast.parse(source).body if getattr(n, "name", "") == "Args"]
+    return ast.get_source_segment(source, args)
+
+
+def same_plumbing(sources):
+    """Word for word the same, save that class Envs is another one for pixels than for vectors.
+
+    Among scripts with the same Envs, everything is equal; among all, what has the same name.
+    """
+    kinds, pieces = {}, {}
+    for name, source in sources.items():
+        plumbing = source[source.find(PLUMBING) :]
+        parts = definitions(plumbing)
+        kind = "flat" if "make_flat_env" in parts else "pixels"
+        other, expected = kinds.setdefault(kind, (name, plumbing))
+        if plumbing != expected:
+            lines = itertools.zip_longest(plumbing.splitlines(), expected.splitlines())
+            line = next(line for line, theirs in lines if line != theirs)
+            yield f"{name}: the plumbing is not as in {other}, from this line on: {line}"
+        for part, code in parts.items():
+            other, expected = pieces.setdefault(part, (name, code))
+            if code != expected and part != "Envs":
+                yield f"{name}: {part} is not as in {other}"
+
+
 def same_name_same_code(sources):
+    """Above the plumbing: if neither arguments nor docstring say that it differs, it does not.
+
+    Except Args and train: they are what makes a script.
+    """
     seen = {}
     for name, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in OWN_CODE:
-                code = ast.unparse(node)
-                other, expected = seen.setdefault(node.name, (name, code))
-                if code != expected:
-                    yield f"{name}: {node.name} is not as in {other}"
+        for part, code in definitions(source[: source.find(PLUMBING)]).items():
+            if part in ("SCRIPT", "Args", "train"):
+                continue
+            node = ast.parse(code).body[0]
+            described = isinstance(node, ast.FunctionDef | ast.ClassDef)
+            head = (part, ast.get_docstring(node), ast.unparse(getattr(node, "args", []))) if described else part
+            other, expected = seen.setdefault(head, (name, ast.unparse(node)))
+            if ast.unparse(node) != expected:
+                yield f"{name}: {part} has the arguments and docstring of that in {other}, but other code"
+
+
+def definitions(source):
+    """Name -> code of each function, class and constant of a module."""
+    found = {}
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", "")
+        if isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+        if name:
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            found[name] = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+    return found
 
 
 def tags(sources):
     for name, source in sources.items():
-        strings = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
-        for tag in sorted(s for s in strings if isinstance(s, str) and re.fullmatch(r"(charts|losses|eval)/\w+", s)):
-            if tag not in TAGS:
-                yield f"{name}: the tag {tag} is not in the registry"
+        for tag in sorted(set(re.findall(r'"((?:charts|losses|eval)/\w+)"', source)) - TAGS):
+            yield f"{name}: the tag {tag} is not registered"
 
 
 def form(sources):
@@ -170,25 +185,36 @@ def form(sources):
             yield f"{name}: does not begin with its metadata"
         if not source.endswith('\n\nif __name__ == "__main__":\n    main()\n'):
             yield f"{name}: does not end with the two-line guard"
+        if len(re.findall(f"^{PLUMBING}", source, re.M)) != 1:
+            yield f"{name}: has no headline {PLUMBING!r}, or two"
         for number, line in enumerate(source.splitlines(), 1):
-            if len(line) > 120 or line != line.rstrip():
-                yield f"{name}:{number}: more than 120 characters, or trailing blanks"
+            if len(line) > 100 or line != line.rstrip():
+                yield f"{name}:{number}: more than 100 columns, or trailing blanks"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 90:
-                yield f"{name}: {node.name} is too long for a screen"
+                yield f"{name}: {node.name} is longer than 90 lines"
             if isinstance(node, ast.Global | ast.Nonlocal):
-                yield f"{name}: global state"
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef) and node.name != "main" and not ast.get_docstring(node):
-                yield f"{name}: {node.name} has no docstring"
+                yield f"{name}:{node.lineno}: global state"
+            if isinstance(node, ast.Attribute) and re.match(r"torch\.(.*\.)?_", ast.unparse(node)):
+                yield f"{name}:{node.lineno}: {ast.unparse(node)} is private to torch"
+
+
+def flat_train(sources):
+    for name, source in sources.items():
+        train = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "train")
+        nodes = list(ast.walk(train))
+        if sum(isinstance(node, ast.With) for node in nodes) > 1:
+            yield f"{name}: train has more than one `with`"
+        for node in nodes[1:]:
+            if isinstance(node, ast.Try | ast.FunctionDef | ast.ClassDef | ast.Lambda):
+                yield f"{name}: train has a {type(node).__name__} in it"
 
 
 def inline_metadata(source):
-    """(requires-python, [requirement, ...]) of the PEP 723 block, parsed as that standard says."""
+    """The requirements of the PEP 723 block, parsed as that standard says."""
     (block,) = re.findall(r"(?m)^# /// script$\s((?:^#(?:| .*)$\s)+?)^# ///$", source)
     text = "".join(line[2:] + "\n" for line in block.splitlines())
-    (python,) = re.findall(r'requires-python = "(.*)"', text)
-    return python, re.findall(r'"([^"]+)"', text.split("dependencies")[1])
+    return re.findall(r'"([^"]+)"', text.split("dependencies")[1])
 
 
 def requirements(lines):
@@ -196,207 +222,127 @@ def requirements(lines):
     for line in lines:
         match = re.fullmatch(r"([\w-]+)(?:\[([\w,-]+)\])?(?:>=|==)([\d.]+)", line)
         assert match, f"not of the form name[extras]>=version: {line}"
-        yield match[1], set((match[2] or "").split(",")) - {""}, tuple(map(int, match[3].split(".")))
+        extras = set((match[2] or "").split(",")) - {""}
+        yield match[1], extras, tuple(map(int, match[3].split(".")))
 
 
 def metadata(sources):
-    def read(path):
-        lines = [line for line in path.read_text().splitlines() if line and not line.startswith(("#", "-r"))]
-        return {name: (extras, version) for name, extras, version in requirements(lines)}
-
-    pins, oldest = read(ROOT / "requirements.txt"), read(ROOT / "tests" / "requirements-oldest.txt")
+    pins, oldest = {}, {}
+    for path, found in (ROOT / "requirements.txt", pins), (TESTS / "requirements-oldest.txt", oldest):
+        lines = [line for line in path.read_text().splitlines() if line and line[0] not in "#-"]
+        found |= {name: (extras, version) for name, extras, version in requirements(lines)}
     for name, source in sources.items():
-        for package, extras, bound in requirements(inline_metadata(source)[1]):
-            if package not in pins:
-                yield f"{name}: {package} is not in requirements.txt"
-                continue
-            if not extras <= pins[package][0]:
-                yield f"{name}: {package}{extras} is more than requirements.txt has"
-            if bound > pins[package][1]:
+        for package, extras, bound in requirements(inline_metadata(source)):
+            if package not in pins or not extras <= pins[package][0]:
+                yield f"{name}: {package}{extras or ''} is not in requirements.txt"
+            elif bound > pins[package][1]:
                 yield f"{name}: {package} is newer than in requirements.txt"
             if package not in oldest or oldest[package][1] > bound:
                 yield f"{name}: {package} was never run as old as its lower bound says"
 
 
-RULES = [docstrings, imports, flags, same_name_same_code, tags, form, metadata]
+RULES = [
+    described, docstrings, imports, flags, same_plumbing, same_name_same_code, tags, form, flat_train,
+    metadata,
+]  # fmt: skip
 
 
-# ---- The tests ------------------------------------------------------------------------------------------------------
+# ---- The tests -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_scripts_keep(rule):
-    assert list(rule(SOURCES)) == []
+    complaints = list(rule(SOURCES))
+    assert not complaints, "\n".join(complaints)
 
 
-FIRST, SOURCE = next(iter(SOURCES.items()))
+FIRST = min(SOURCES, key=lambda name: len(SOURCES[name]))
 BROKEN = [
     (docstrings, r"\nShapes .*", "\n"),
     (docstrings, r"\nExpect  ", "\nExpect   TODO "),
+    (docstrings, r"python \w+\.py", "python other.py"),
+    (docstrings, r"\n\n\ndef train", "\n\n\ndef undocumented():\n    pass\n\n\ndef train"),
     (imports, r"\nimport tyro", "\nimport tyro\nimport pandas"),
-    (imports, r"\nimport tyro", "\nimport tyro\nfrom tests import conftest"),
-    (flags, r"\n    seed: int", "\n    unread: int = 0  # nothing reads this\n    seed: int"),
-    (flags, r"(\n    seed: int = 1) .*", r"\1"),
+    (imports, r"\nimport tyro", "\nimport tyro\nfrom . import other"),
+    (imports, r"\nimport tyro", "\nimport tyro\nfrom cleanrl_style import other"),
+    (flags, r"\n    seed: ", "\n    unread: int = 0  # nothing reads this\n    seed: "),
+    (flags, r"(\n    seed: .*?)  # .*", r"\1"),
+    (flags, r"\n    seed: .*", ""),
+    (flags, r'\nSCRIPT = "', '\nSCRIPT = "x'),
     (tags, r'"charts/SPS"', '"charts/steps_per_second"'),
     (form, r"\n    main\(\)\n$", "\n    main()\n    main()\n"),
-    (form, r"\n\n\ndef train", "\n\n\ndef undocumented():\n    pass\n\n\ndef train"),
+    (form, r"^# ///", "#\n# ///"),
+    (form, r"\n# ---- Plumbing", "\n# ---- The rest"),
+    (form, r"\n\n\ndef train", f"\n\n\nX = {'1' * 100}\n\n\ndef train"),
+    (form, r"\n\n\ndef train", "\n\n\ndef long():\n" + "    pass\n" * 91 + "\n\ndef train"),
+    (form, r"\n    torch\.manual_seed", "\n    global envs\n    torch.manual_seed"),
+    (form, r"\n    torch\.manual_seed", "\n    torch._foreach_lerp_()\n    torch.manual_seed"),
+    (flat_train, r"\n    torch\.manual_seed", "\n    with x: pass\n    torch.manual_seed"),
+    (flat_train, r"\n    torch\.manual_seed", "\n    try: pass\n    finally: torch.manual_seed"),
+    (flat_train, r"\n    torch\.manual_seed", "\n    def nested(): pass\n    torch.manual_seed"),
     (metadata, r'"tqdm>=', '"tqdm>=9'),
     (metadata, r'"torch>=2\.\d+', '"torch>=1.9'),
     (metadata, r'"tyro>=', '"rich>=1.0", "tyro>='),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule, pattern, replacement", BROKEN)
+def test_rule_finds_a_broken_script(rule, pattern, replacement):
+    broken, count = re.subn(pattern, replacement, SOURCES[FIRST], count=1)
+    assert count == 1, "the pattern no longer fits the script"
+    assert len(list(rule({FIRST: broken}))) > len(list(rule({FIRST: SOURCES[FIRST]})))
+
+
+def test_rule_finds_a_script_without_a_test_file():
+    assert len(list(described({"no_such_script": ""}))) == 6
+
+
+DIFFER = [
+    (same_plumbing, r'"checkpoint\.pt"', '"checkpoint.bin"'),
+    (same_plumbing, r"  # of a GIF", "  # of GIFs"),
+    (same_plumbing, r"\n\nclass Envs:", "\n\nclass Envs:  # mine"),
+    (same_plumbing, r'(?s)\n\ndef make_flat_env.*?\n\n\n(?=.*".tmp")(.*)".tmp"', r'\n\n\1".new"'),
+    (same_name_same_code, r"eval_episodes, num_envs\)", "eval_episodes, num_envs - 1)"),
+    (same_name_same_code, r"\nShare = Annotated\[float, 0, 1\]", "\nShare = Annotated[float, 0, 2]"),
+    (flags, r"(\n    seed: .*?)  # .*", r"\1  # another comment"),
+    (flags, r"\n    seed: .* =", "\n    seed: float ="),
 ]
 
 
-@pytest.mark.parametrize("rule, pattern, replacement", BROKEN, ids=[rule.__name__ for rule, _, _ in BROKEN])
-def test_rule_finds_a_broken_script(rule, pattern, replacement):
-    broken, count = re.subn(pattern, replacement, SOURCE, count=1)
-    assert count == 1, "the pattern no longer fits the script"
-    assert list(rule({FIRST: broken}))
-
-
-@pytest.mark.parametrize(
-    "rule, pattern, replacement",
-    [
-        (same_name_same_code, r'"checkpoint\.tmp"', '"checkpoint.new"'),
-        (flags, r"(\n    seed: int = 1 ) # .*", r"\1 # another comment"),
-        (flags, r"\n    seed: int", "\n    seed: float"),
-    ],
-)
+@pytest.mark.parametrize("rule, pattern, replacement", DIFFER)
 def test_rule_finds_two_scripts_that_differ(rule, pattern, replacement):
-    other = re.sub(pattern, replacement, SOURCE, count=1)
-    assert other != SOURCE
-    assert list(rule({FIRST: SOURCE, "other.py": other.replace(FIRST.removesuffix(".py"), "other")}))
-    assert not list(rule({FIRST: SOURCE, "other.py": SOURCE.replace(FIRST.removesuffix(".py"), "other")}))
+    copy = SOURCES[FIRST].replace(FIRST, "other")
+    assert not list(rule({FIRST: SOURCES[FIRST], "other": copy}))
+    differs, count = re.subn(pattern, replacement, copy, count=1)
+    assert count == 1, "the pattern no longer fits the script"
+    assert list(rule({FIRST: SOURCES[FIRST], "other": differs}))
 
 
-@pytest.mark.parametrize("script, name, changes", [
-    ("ppo_atari", "update", ""),
-    ("ppo_atari", "log_prob_and_entropy", ""),
-    ("ppo_continuous", "evaluate", ""),
-    ("ppo_continuous", "main", ""),
-    ("ppo_continuous", "update", """
--    logits, values = agent(batch.obs)
--    log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
-+    means, values = agent(batch.obs)
-+    log_probs, entropy = log_prob_and_entropy(means, agent.log_deviations, batch.actions)
--    entropy = entropies.mean()
-"""),
-    ("ppo_continuous", "make_batch", """
--    \"\"\"What there is to learn from a rollout: obs, next_obs (T, N, O) and four of (T, N) -> T * N rows.
-+    \"\"\"What there is to learn from a rollout: obs, next_obs (T, N, O), actions (T, N, K), three of (T, N) -> T * N rows.
--    logits, values = agent(obs)
-+    means, values = agent(obs)
--    log_probs, _ = log_prob_and_entropy(logits, actions)
-+    log_probs, _ = log_prob_and_entropy(means, agent.log_deviations, actions)
-"""),
-    ("ppo_continuous", "train", """
--    first_action = int(envs[0].action_space.start)  # Discrete actions count from here, nearly always from 0
-+    low, high = envs[0].action_space.low, envs[0].action_space.high
--                    steps = [env.step(first_action + action) for env, action in zip(envs, actions.tolist())]
-+                    steps = [env.step(action) for env, action in zip(envs, to_bounds(actions, low, high))]
--                batch = make_batch(agent, rows, actions.long(), rewards, next_rows, terminated, truncated, args)
-+                batch = make_batch(agent, rows, actions, rewards, next_rows, terminated, truncated, args)
-"""),
-    ("ppo_continuous", "play_greedily", """
--    first_action, device = int(envs[0].action_space.start), next(agent.parameters()).device
-+    low, high, device = envs[0].action_space.low, envs[0].action_space.high, next(agent.parameters()).device
--        for i, action in zip(running, actions.tolist()):
--            obs[i], reward, terminated, truncated, _ = envs[i].step(first_action + action)
-+        for i, action in zip(running, to_bounds(actions.numpy(), low, high)):
-+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-"""),
-    ("dqn_cartpole", "play_greedily", """
--    envs: list[gym.Env], agent: Agent, seeds: list[int], frames: list | None = None
-+    envs: list[gym.Env], q_network: nn.Module, seeds: list[int], frames: list | None = None
--    \"\"\"Plays one episode for each seed, side by side, by the most probable actions: the rewards of each.
-+    \"\"\"Plays one episode for each seed, side by side, by the largest Q(s, .): the rewards of each.
--    first_action, device = int(envs[0].action_space.start), next(agent.parameters()).device
-+    first_action, device = int(envs[0].action_space.start), next(q_network.parameters()).device
--        actions = act(agent, torch.from_numpy(rows).to(device), greedy=True)
-+        actions = select_actions(q_network, torch.from_numpy(rows).to(device), epsilon=0.0)
-"""),
-    ("dqn_cartpole", "evaluate", """
--def evaluate(args: Args, envs: list[gym.Env], agent: Agent, run_dir: Path) -> tuple[float, float]:
-+def evaluate(args: Args, envs: list[gym.Env], q_network: nn.Module, run_dir: Path) -> tuple[float, float]:
--        episodes += play_greedily(envs, agent, seeds[first : first + len(envs)], None if first else frames)
-+        episodes += play_greedily(envs, q_network, seeds[first : first + len(envs)], None if first else frames)
-"""),
-])  # fmt: skip
-def test_what_is_tested_in_ppo_cartpole_is_the_same_but_for_these_lines(script, name, changes):
-    """So a test of the one is a test of the other, although OWN_CODE lets them differ."""
-    theirs, ours = (
-        inspect.getsource(getattr(importlib.import_module(module), name)).splitlines()
-        for module in ("ppo_cartpole", script)
-    )
-    found = list(difflib.unified_diff(theirs, ours, n=0, lineterm=""))[2:]
-    assert [line for line in found if not line.startswith("@@")] == changes.strip("\n").splitlines()
-
-
-# What the records were made with, where their commands do not say otherwise. Who changes one of these, records anew.
-DEFAULTS = {
-    "reinforce_cartpole": """
-        total_timesteps=100000 learning_rate=0.01 anneal_lr=True gamma=0.99 episodes_per_update=8
-        normalize_returns=True
-    """,
-    "dqn_cartpole": """
-        total_timesteps=100000 learning_rate=0.0025 anneal_lr=True num_envs=4 buffer_size=100000 gamma=0.99
-        tau=1.0 target_network_frequency=500 batch_size=64 start_e=1.0 end_e=0.05 exploration_fraction=0.2
-        learning_starts=1000 train_frequency=2 gradient_steps=1 double_q=False norm_obs=False hidden_size=64
-        checkpoint_frequency=20000
-    """,
-    "dqn_atari": """
-        total_timesteps=10000000 learning_rate=0.0001 adam_epsilon=0.00015 anneal_lr=False num_envs=8
-        buffer_size=1000000 gamma=0.99 tau=1.0 target_network_frequency=1000 batch_size=32 start_e=1.0
-        end_e=0.01 exploration_fraction=0.1 learning_starts=80000 train_frequency=4 double_q=False loss=huber
-        max_grad_norm=None norm_obs=False sticky_actions=0.0 precision=auto checkpoint_frequency=100000
-    """,
-    "ppo_cartpole": """
-        total_timesteps=100000 learning_rate=0.001 anneal_lr=True num_envs=8 num_steps=32 gamma=0.98
-        gae_lambda=0.8 num_minibatches=1 update_epochs=20 norm_adv=True clip_coef=0.2 clip_vloss=False
-        ent_coef=0.0 vf_coef=0.5 max_grad_norm=0.5 target_kl=None norm_obs=False norm_reward=False
-        checkpoint_frequency=20000
-    """,
-    "ppo_continuous": """
-        total_timesteps=200000 learning_rate=0.001 anneal_lr=True num_envs=4 num_steps=512 gamma=0.9
-        gae_lambda=0.95 num_minibatches=32 update_epochs=10 norm_adv=True clip_coef=0.2 clip_vloss=False
-        ent_coef=0.01 vf_coef=0.5 max_grad_norm=0.5 target_kl=None norm_obs=True norm_reward=True
-        checkpoint_frequency=20000
-    """,
-    "ppo_atari": """
-        total_timesteps=10000000 learning_rate=0.00025 anneal_lr=True num_envs=8 num_steps=128 gamma=0.99
-        gae_lambda=0.95 num_minibatches=4 update_epochs=4 norm_adv=True clip_coef=0.1 clip_vloss=True
-        ent_coef=0.01 vf_coef=0.5 max_grad_norm=0.5 target_kl=None norm_obs=False sticky_actions=0.0
-        precision=auto checkpoint_frequency=100000
-    """,
-}
-
-
-@pytest.mark.parametrize("script", DEFAULTS)
-def test_defaults_are_those_of_the_records(script):
-    module = importlib.import_module(script)
-    settings = [name for name in asdict(module.Args()) if name not in module.HOUSEKEEPING | {"env_id", "seed"}]
-    assert " ".join(f"{name}={getattr(module.Args(), name)}" for name in settings) == " ".join(DEFAULTS[script].split())
-
-
-@pytest.mark.parametrize("name", ["MAX_EPISODE_STEPS", "LOG_FREQUENCY", "SAMPLE", "MAX_FRAMES", "STACK", "RunDir"])
-def test_constants_of_one_name_are_the_same(name):
-    lines = {line for source in SOURCES.values() for line in source.splitlines() if line.startswith(f"{name} = ")}
-    assert len(lines) == 1
+def test_a_function_may_differ_if_it_says_so_and_envs_from_pixels():
+    copy = SOURCES[FIRST].replace(FIRST, "other").replace('"""Plays args.', '"""Plays like others, args.')
+    copy = copy.replace("eval_episodes, num_envs)", "eval_episodes, num_envs - 1)")
+    assert not list(same_name_same_code({FIRST: SOURCES[FIRST], "other": copy}))
+    head, tail = re.split(r"(?<=\n\n)def make_flat_env(?s:.*?)\n\n\n(?=class Envs)", SOURCES[FIRST])
+    pixels = head + tail.replace("class Envs:", "class Envs:  # mine")
+    assert not list(same_plumbing({FIRST: SOURCES[FIRST], "other": pixels}))
 
 
 def test_every_registered_tag_is_written_by_some_script():
-    assert [tag for tag in TAGS if not any(f'"{tag}"' in source for source in SOURCES.values())] == []
+    sources = "".join(path.read_text() for path in (ROOT / "cleanrl_style").glob("*.py"))
+    assert [tag for tag in TAGS if f'"{tag}"' not in sources] == []
 
 
 def test_packages_that_are_not_named_come_with_one_that_is():
-    for module, package in MODULE_OF_A_DEPENDENCY.items():
-        names = " ".join(importlib.metadata.requires(package)).lower()
-        assert {"PIL": "pillow"}.get(module, module) in names
+    for package, parent in COMES_WITH.values():
+        assert package in " ".join(importlib.metadata.requires(parent)).lower()
 
 
 def test_ci_finds_the_command_in_the_readme_and_nothing_else(tmp_path):
-    (tmp_path / "README.md").write_text(README.replace("~~~", "```"))  # blocks of other languages follow it
-    (line,) = (line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("command="))
-    found = subprocess.run(["bash", "-c", f'{line}; echo "$command"'], cwd=tmp_path, capture_output=True, text=True).stdout
+    # Blocks of other languages follow it.
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text().replace("~~~", "```"))
+    (line,) = re.findall("^command=.*", (ROOT / ".ci" / "run").read_text(), re.M)
+    command = ["bash", "-c", f'{line}; echo "$command"']
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     assert [step.strip(" &") for step in found.split("\n") if step][1:] == [
         "pip install -r tests/requirements.txt", "python -m pytest tests -n 2"
     ]  # fmt: skip

@@ -130,7 +130,7 @@ def test_the_emulators_games_are_told_as_they_were(
 
 
 @pytest.mark.parametrize("env_id, sticky_actions, num_envs", [
-    ("ALE/Breakout-v5", 0.25, N), ("ALE/Pong-v5", 0.25, N), ("Diary-v0", 0, N), ("Diary-v0", 0, 1),
+    ("ALE/Breakout-v5", 0.25, N), ("ALE/Pong-v5", 0.25, N), ("PixelDiary-v0", 0, N), ("PixelDiary-v0", 0, 1),
 ])  # fmt: skip
 def test_reset_goes_back_to_a_checkpoint(
     script, limited, monkeypatch, capsys, env_id, sticky_actions, num_envs
@@ -175,18 +175,18 @@ def test_an_emulator_that_plays_another_game_is_reported(script, capsys):
 
 def test_a_long_replay_says_so(script, capsys):
     for steps, said in (1000, ""), (1001, "Replaying 1001 steps of 1 games\n"):
-        with opened(script, 1, env_id="Diary-v0") as envs:
+        with opened(script, 1, env_id="PixelDiary-v0") as envs:
             list(play(envs, random_actions(steps, 1)))
             state = envs.state_dict()
-        with opened(script, 1, state=state, env_id="Diary-v0"):
+        with opened(script, 1, state=state, env_id="PixelDiary-v0"):
             assert capsys.readouterr() == (said, "")
 
 
 def test_a_checkpoint_of_other_environments_is_refused(script):
-    with opened(script, 2, env_id="Diary-v0") as envs:
+    with opened(script, 2, env_id="PixelDiary-v0") as envs:
         state = envs.state_dict()
     with pytest.raises(ValueError, match="observations were"):
-        opened(script, 3, state=state, env_id="Diary-v0")
+        opened(script, 3, state=state, env_id="PixelDiary-v0")
 
 
 def test_the_camera_films_the_first_game(script):
@@ -222,7 +222,7 @@ def test_own_games_are_told_as_they_were(script, arrays):
     """Their arrays are copied: what was seen once stays as it was."""
     Diary.steps.clear(), Diary.games.clear()
     kept, returns = [], []
-    with opened(script, env_id="Diary-v0", env_kwargs=f'{{"arrays": {arrays}}}') as envs:
+    with opened(script, env_id="PixelDiary-v0", env_kwargs=f'{{"arrays": {arrays}}}') as envs:
         for actions in random_actions(100):
             obs = envs.obs
             envs.send(actions)
@@ -245,7 +245,7 @@ def test_own_games_are_told_as_they_were(script, arrays):
 
 def test_only_some_environments_play(script):
     """The others do nothing, and their games are not counted."""
-    with opened(script, env_id="Diary-v0") as envs:
+    with opened(script, env_id="PixelDiary-v0") as envs:
         for _ in range(30):
             before = envs.obs[:, -1]
             envs.step(np.array([2, 1]), np.array([0, 2]))
@@ -255,7 +255,7 @@ def test_only_some_environments_play(script):
             assert total == (10 if step % N == 1 else 5) * length
 
 
-@pytest.mark.parametrize("env_id, steps", [("Diary-v0", 6), ("LimitedDiary-v0", 9)])
+@pytest.mark.parametrize("env_id, steps", [("PixelDiary-v0", 6), ("LimitedPixelDiary-v0", 9)])
 def test_an_environment_without_a_time_limit_gets_one(script, monkeypatch, env_id, steps):
     monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 6)
     with opened(script, env_id=env_id, env_kwargs='{"length": 1000}') as envs:
@@ -265,7 +265,7 @@ def test_an_environment_without_a_time_limit_gets_one(script, monkeypatch, env_i
 
 def test_a_reward_that_is_not_finite_stops(script, monkeypatch):
     for value in (np.nan, np.inf):
-        with opened(script, env_id="Diary-v0") as envs:
+        with opened(script, env_id="PixelDiary-v0") as envs:
             envs.envs[0].recv = lambda: (envs.obs, np.array([1.0, 1.0, value]), *"123")
             with pytest.raises(ValueError, match="not finite"):
                 envs.recv()
@@ -283,19 +283,19 @@ def test_other_spaces_are_refused(script, monkeypatch, obs_space, action_space):
     monkeypatch.setattr(Diary, "observation_space", obs_space)
     monkeypatch.setattr(Diary, "action_space", action_space)
     with pytest.raises(ValueError, match="needs a game"):
-        script.Envs(script.Args(env_id="Diary-v0"), 1, 0)
+        script.Envs(script.Args(env_id="PixelDiary-v0"), 1, 0)
 
 
 def test_sticky_actions_are_for_the_emulator(script):
     with pytest.raises(ValueError, match="sticky"):
-        script.Envs(script.Args(env_id="Diary-v0", sticky_actions=0.25), 1, 0)
+        script.Envs(script.Args(env_id="PixelDiary-v0", sticky_actions=0.25), 1, 0)
 
 
 def test_seeds_never_meet(script):
     """Of runs, training and evaluation, environments and games. The emulator takes 31 bits."""
     seeds = []
     for seed, stream in itertools.product((1, 2, 3), (script.TRAINING, script.EVALUATION)):
-        with opened(script, 8, stream, env_id="Diary-v0", seed=seed) as envs:
+        with opened(script, 8, stream, env_id="PixelDiary-v0", seed=seed) as envs:
             for envs.episodes[:] in range(50):
                 seeds += [envs.new_seed(i) for i in range(8)]
     assert len(set(seeds)) == len(seeds) and 0 <= min(seeds) and max(seeds) < 2**31
@@ -305,7 +305,7 @@ def test_seeds_never_meet(script):
 
 
 def network_of(script, args):
-    with opened(script, 1, env_id="Diary-v0") as envs:
+    with opened(script, 1, env_id="PixelDiary-v0") as envs:
         return script.make_network(args, envs)
 
 
@@ -333,7 +333,7 @@ def test_the_first_game_is_drawn(script, monkeypatch, tmp_path, most, pictures):
 
     monkeypatch.setattr(script.Envs, "render", render)
     length = '{"length": 21}'
-    args = script.Args(env_id="Diary-v0", env_kwargs=length, eval_episodes=2, num_envs=1)
+    args = script.Args(env_id="PixelDiary-v0", env_kwargs=length, eval_episodes=2, num_envs=1)
     script.evaluate(args, network_of(script, args), tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as gif:
         for i, step in enumerate(pictures):
@@ -350,7 +350,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("env_id, arrays", [
-    ("Diary-v0", "true"), pytest.param("ALE/Breakout-v5", None, marks=pytest.mark.slow)
+    ("PixelDiary-v0", "true"), pytest.param("ALE/Breakout-v5", None, marks=pytest.mark.slow)
 ])  # fmt: skip
 def test_interrupted_or_not_the_run_is_the_same(script, tmp_path, monkeypatch, env_id, arrays):
     """To the last bit: killed twice and resumed, with checkpoints at other times; own environments

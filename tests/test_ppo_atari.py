@@ -393,7 +393,7 @@ def test_no_minibatch_has_a_single_step():
 def train(tmp_path, **changes):
     """4 rollouts of 60 steps in games of the diary. Returns the run's folder."""
     few = dict(
-        env_id="Diary-v0", total_timesteps=240, num_envs=4, num_steps=15, num_minibatches=2,
+        env_id="PixelDiary-v0", total_timesteps=240, num_envs=4, num_steps=15, num_minibatches=2,
         update_epochs=2, eval_episodes=2, checkpoint_frequency=90, precision="float32",
         learning_rate=3e-3, num_threads=1,
     )  # fmt: skip

@@ -45,11 +45,9 @@ def best_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
 def emulator(script, args, seconds: float = 2.0) -> float:
     """Seconds for one step of the environment by random actions."""
     if hasattr(script, "STACK"):  # from pixels: N games at a time, in threads of their own
-        envs = script.make_envs(args, args.num_envs)
-        envs.reset(seed=script.env_seeds(1, (0,), args.num_envs))
-        actions = np.random.default_rng(0).integers(
-            envs.single_action_space.n, size=(500, args.num_envs)
-        )
+        envs = script.Envs(args, args.num_envs, script.TRAINING)
+        envs.reset()
+        actions = np.random.default_rng(0).integers(envs.action_space.n, size=(500, args.num_envs))
         rounds, start = 0, time.perf_counter()
         while time.perf_counter() < start + seconds:
             envs.send(actions[rounds % 500])

@@ -118,7 +118,7 @@ def clock(run_dir: str | Path) -> list[tuple[int, float]]:
         start = events.FirstEventTimestamp()
         part = [(event.step, event.wall_time - start) for event in events.Scalars("charts/SPS")]
         # What came after the checkpoint was lost.
-        points = [point for point in points if point[0] < part[0][0]]
+        points = [point for point in points if point[0] <= part[0][0]]
         points += [(step, points[-1][1] + seconds) for step, seconds in part]
     return points
 
