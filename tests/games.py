@@ -9,7 +9,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import learned, same
 
 
 def picture(number):
@@ -40,8 +40,8 @@ class Diary(gym.Env):
     """Every frame shows another number, and every step is written down. A step pays 5 * action.
 
     Games have 1 to 8 steps. Odd lengths terminate, even ones are truncated, 3 steps do both. Seed
-    and actions determine all. Observations are in one array, which is used again and again. With
-    `arrays`, the reward and the ends are arrays of one number. With `length`, all games have it.
+    and actions determine all frames. Observations are in one array, which is used again and again.
+    With `arrays`, the reward and the ends are arrays of one number. With `length`, all games have it.
     """
 
     observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -59,16 +59,16 @@ class Diary(gym.Env):
         self.length, self.t, self.total = int(self.np_random.integers(1, 9)), 0, 0
         self.length = self.fixed_length or self.length
         self.frames = np.zeros((4, 84, 84), np.uint8)
-        return self.show(), {}
+        return self.show(1), {}
 
-    def show(self):
-        self.number += 1
+    def show(self, difference):
+        self.number += difference
         self.frames[:-1] = self.frames[1:].copy()
         self.frames[-1] = picture(self.number)
         return self.frames
 
     def step(self, action):
-        before, obs = numbers(self.frames), self.show()
+        before, obs = numbers(self.frames), self.show(1 + int(action))
         self.t, self.total = self.t + 1, self.total + 5 * int(action)
         over = self.t == self.length
         ends = over and self.length % 2 == 1, over and (self.length % 2 == 0 or self.length == 3)
@@ -127,28 +127,6 @@ def train(script, args):
     return Path(script.train(args).folder)
 
 
-def learned(folder):
-    """What a checkpoint holds, but for the arguments and the time that it took."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return {name: part for name, part in state.items() if name not in ("args", "seconds")}
-
-
-def same(a, b):
-    """Whether parts of checkpoints are equal to the last bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def curves(folder):
-    """Tag -> points (step, value), but for the speed."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
-
-
 def copied(value):
     """A training uses its arrays again."""
     if isinstance(value, tuple):
@@ -169,3 +147,15 @@ def recorded(monkeypatch, script, name):
 
     monkeypatch.setattr(script, name, recording)
     return calls
+
+
+def check_settings(script, train, changes, others):
+    """Every setting of the algorithm has an effect, but for some others; nothing else has one."""
+    names = list(script.Args.__dataclass_fields__)
+    algorithm = names[names.index("num_envs") : names.index("exp_name")]
+    assert {*changes, *others} == {"seed", "total_timesteps", *algorithm}
+    plain = learned(train())["network"]
+    for name, value in changes.items():
+        assert not same(learned(train(**{name: value}))["network"], plain), name
+    others = others | {"exp_name": "other", "checkpoint_frequency": 70, "eval_frequency": 50}
+    assert same(learned(train(**others))["network"], plain)

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS
+from conftest import SCRIPTS, curves, learned, same
 from games import Diary, number, numbers
 from PIL import Image
 
@@ -130,7 +130,8 @@ def test_the_emulators_games_are_told_as_they_were(
 
 
 @pytest.mark.parametrize("env_id, sticky_actions, num_envs", [
-    ("ALE/Breakout-v5", 0.25, N), ("ALE/Pong-v5", 0.25, N), ("PixelDiary-v0", 0, N), ("PixelDiary-v0", 0, 1),
+    ("ALE/Breakout-v5", 0.25, N), ("ALE/Pong-v5", 0.25, N),
+    ("PixelDiary-v0", 0, N), ("PixelDiary-v0", 0, 1),
 ])  # fmt: skip
 def test_reset_goes_back_to_a_checkpoint(
     script, limited, monkeypatch, capsys, env_id, sticky_actions, num_envs
@@ -356,13 +357,13 @@ def test_interrupted_or_not_the_run_is_the_same(script, tmp_path, monkeypatch, e
     """To the last bit: killed twice and resumed, with checkpoints at other times; own environments
     that truncate, with a reward and ends in arrays, too; with new seeds before and after."""
     monkeypatch.setattr(script, "RESEED_FREQUENCY", 400)
-    args = games.settings(script, tmp_path, env_id=env_id)
+    args = games.settings(script, tmp_path, env_id=env_id, total_timesteps=1500, eval_episodes=1)
     undisturbed = games.train(script, args)
     changes = {"checkpoint_frequency": 170}
     if arrays:
         changes["env_kwargs"] = f'{{"arrays": {arrays}}}'
     args, recv = games.replace(args, **changes), script.Envs.recv
-    for limit in (700, 1500):
+    for limit in (700, 1300):
 
         def recv_until(self, *which):
             if self.steps > limit and self.stream == script.TRAINING:
@@ -376,6 +377,6 @@ def test_interrupted_or_not_the_run_is_the_same(script, tmp_path, monkeypatch, e
         args = games.replace(args, resume=str(folder))
     monkeypatch.setattr(script.Envs, "recv", recv)
     games.train(script, args)
-    assert games.same(games.learned(folder), games.learned(undisturbed))
-    assert games.curves(folder) == games.curves(undisturbed)
-    assert (games.learned(folder)["envs"]["episodes"] > 1).all()
+    assert same(learned(folder), learned(undisturbed))
+    assert curves(folder) == curves(undisturbed)
+    assert (learned(folder)["envs"]["episodes"] > 1).all()
