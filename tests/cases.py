@@ -64,7 +64,7 @@ class Compass(gym.Env):
 
 
 class Side(gym.Env):
-    """Each step shows a white half of the screen, left or right; 1 for saying which. Best: 20 of 20."""
+    """Each step shows a white half of the screen, left or right; 1 for saying which. Best: 20."""
 
     BEST = 20.0
     observation_space = Box(0, 255, (4, 84, 84), np.uint8)
@@ -125,7 +125,7 @@ class Catch(gym.Env):
 class Aim(gym.Env):
     """Each of 10 steps shows a place from -1 to 1. Best: an action there, and opposite of it.
 
-    The place is in bounds of 0 to 10 in the first number, and its opposite in -2 to 2 in the second.
+    The place is in bounds of 0 to 10 in the first number, its opposite in -2 to 2 in the second.
     1 less the two distances, each in halves of its range: 10 is best, always the middle gets 0.
     """
 
@@ -178,7 +178,7 @@ class Line(gym.Env):
 
 
 class Port(Line):
-    """A simulator behind one port: there can be only one. Trains, evaluates, leaves nothing open."""
+    """A simulator behind one port: there can be only one. Trains, evaluates, closes."""
 
     def __init__(self, render_mode=None):
         super().__init__()

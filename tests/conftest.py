@@ -28,7 +28,10 @@ SCRIPTS = sorted((ROOT / "cleanrl_style").glob("*.py"))
 TEST_FILES = {path.stem: TESTS / f"test_{path.stem}.py" for path in SCRIPTS}
 NAMES = [n for n, file in TEST_FILES.items() if file.exists() and "\nTINY = " in file.read_text()]
 
-sys.path[:0] = [str(ROOT / "cleanrl_style"), str(TESTS / "benchmarks")]  # for `import reinforce_cartpole`
+sys.path[:0] = [
+    str(ROOT / "cleanrl_style"),
+    str(TESTS / "benchmarks"),
+]  # for `import reinforce_cartpole`
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,7 +55,7 @@ def description(script: str) -> ModuleType:
 
 @functools.cache
 def first() -> str:
-    """The shortest script for flat observations and discrete actions. The plumbing is tried with it."""
+    """The shortest script for flat observations and discrete actions, to try the plumbing with."""
     flat = [script for script in NAMES if description(script).OWN == "discrete"]
     return min(flat, key=lambda script: path_of(script).stat().st_size)
 
@@ -78,7 +81,7 @@ def fork_server() -> subprocess.Popen:
 
 
 class Bench:
-    """A folder that holds a copy of one script, and of cases.py if asked, to run the script there."""
+    """A folder with a copy of one script, and of cases.py if asked, to run the script there."""
 
     def __init__(self, script: str, folder: Path, cases: bool = False) -> None:
         self.folder, self.script = folder, script
@@ -99,7 +102,7 @@ class Bench:
         )  # fmt: skip
 
     def run(self, arguments: str, kill_after: float | None = None, timeout: int = 300) -> Ended:
-        """Runs to the end, or is killed after so many seconds. A fork saves the import of PyTorch."""
+        """Runs to the end, or is killed after so many seconds. A fork saves PyTorch's import."""
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
             call = {
                 "arguments": [f"{self.script}.py", *shlex.split(arguments)], "out": out.name,
@@ -108,7 +111,9 @@ class Bench:
             }  # fmt: skip
             print(json.dumps(call), file=fork_server().stdin, flush=True)
             ended = Ended(int(fork_server().stdout.readline()), out.read(), err.read())
-        assert kill_after or ended.code != -signal.SIGALRM, f"takes longer than {timeout} s\n{ended}"
+        assert kill_after or ended.code != -signal.SIGALRM, (
+            f"takes longer than {timeout} s\n{ended}"
+        )
         return ended
 
     def train(self, arguments: str) -> Path:
@@ -119,7 +124,7 @@ class Bench:
 
 
 def is_refused(ended: Ended, *words: str) -> None:
-    """One clear line on stderr, exit code 2, no traceback. The parser draws a frame around its line."""
+    """One line on stderr, exit code 2, no traceback. The parser draws a frame around its line."""
     assert ended.code == 2 and "Traceback" not in ended.err, ended
     lines = ended.err.splitlines()
     assert len(lines) == 1 or (lines[0].startswith("╭") and ended.out == ""), ended

@@ -1,4 +1,4 @@
-"""Runs scripts as `python SCRIPT ARGUMENTS` does, without the seconds that PyTorch takes to begin and to end.
+"""Runs scripts as `python SCRIPT ARGUMENTS` does, without the seconds that PyTorch takes to begin.
 
 It imports what the scripts import, once, and forks for each command that it reads, a line of JSON.
 The child becomes what a new process would be: its folder, environment, standard streams and random
@@ -30,7 +30,9 @@ for path in (Path(__file__).parent.parent / "cleanrl_style").glob("*.py"):
 torch.optim.Adam([torch.zeros(1)])  # the first optimizer imports a thousand modules more
 
 
-def become(arguments: list[str], folder: str, environment: dict, out: str, err: str, seconds: float) -> None:
+def become(
+    arguments: list[str], folder: str, environment: dict, out: str, err: str, seconds: float
+) -> None:
     """Makes this process the command's."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -48,7 +48,8 @@ COMMON_FLAGS = [
 
 # Packages that need not be named, with the one that requires them.
 COMES_WITH = {
-    "numpy": ("numpy", "gymnasium"), "PIL": ("pillow", "tensorboard"), "filelock": ("filelock", "torch")
+    "numpy": ("numpy", "gymnasium"), "PIL": ("pillow", "tensorboard"),
+    "filelock": ("filelock", "torch"),
 }  # fmt: skip
 
 
@@ -154,10 +155,14 @@ def same_name_same_code(sources):
                 continue
             node = ast.parse(code).body[0]
             described = isinstance(node, ast.FunctionDef | ast.ClassDef)
-            head = (part, ast.get_docstring(node), ast.unparse(getattr(node, "args", []))) if described else part
+            head = (
+                (part, ast.get_docstring(node), ast.unparse(getattr(node, "args", [])))
+                if described
+                else part
+            )
             other, expected = seen.setdefault(head, (name, ast.unparse(node)))
             if ast.unparse(node) != expected:
-                yield f"{name}: {part} has the arguments and docstring of that in {other}, but other code"
+                yield f"{name}: {part} has arguments and docstring as in {other}, but other code"
 
 
 def definitions(source):
@@ -228,7 +233,10 @@ def requirements(lines):
 
 def metadata(sources):
     pins, oldest = {}, {}
-    for path, found in (ROOT / "requirements.txt", pins), (TESTS / "requirements-oldest.txt", oldest):
+    for path, found in (
+        (ROOT / "requirements.txt", pins),
+        (TESTS / "requirements-oldest.txt", oldest),
+    ):
         lines = [line for line in path.read_text().splitlines() if line and line[0] not in "#-"]
         found |= {name: (extras, version) for name, extras, version in requirements(lines)}
     for name, source in sources.items():
@@ -242,8 +250,8 @@ def metadata(sources):
 
 
 RULES = [
-    described, docstrings, imports, flags, same_plumbing, same_name_same_code, tags, form, flat_train,
-    metadata,
+    described, docstrings, imports, flags, same_plumbing, same_name_same_code, tags, form,
+    flat_train, metadata,
 ]  # fmt: skip
 
 
@@ -303,7 +311,11 @@ DIFFER = [
     (same_plumbing, r"\n\nclass Envs:", "\n\nclass Envs:  # mine"),
     (same_plumbing, r'(?s)\n\ndef make_flat_env.*?\n\n\n(?=.*".tmp")(.*)".tmp"', r'\n\n\1".new"'),
     (same_name_same_code, r"eval_episodes, num_envs\)", "eval_episodes, num_envs - 1)"),
-    (same_name_same_code, r"\nShare = Annotated\[float, 0, 1\]", "\nShare = Annotated[float, 0, 2]"),
+    (
+        same_name_same_code,
+        r"\nShare = Annotated\[float, 0, 1\]",
+        "\nShare = Annotated[float, 0, 2]",
+    ),
     (flags, r"(\n    seed: .*?)  # .*", r"\1  # another comment"),
     (flags, r"\n    seed: .* =", "\n    seed: float ="),
 ]
@@ -319,7 +331,11 @@ def test_rule_finds_two_scripts_that_differ(rule, pattern, replacement):
 
 
 def test_a_function_may_differ_if_it_says_so_and_envs_from_pixels():
-    copy = SOURCES[FIRST].replace(FIRST, "other").replace('"""Plays args.', '"""Plays like others, args.')
+    copy = (
+        SOURCES[FIRST]
+        .replace(FIRST, "other")
+        .replace('"""Plays args.', '"""Plays like others, args.')
+    )
     copy = copy.replace("eval_episodes, num_envs)", "eval_episodes, num_envs - 1)")
     assert not list(same_name_same_code({FIRST: SOURCES[FIRST], "other": copy}))
     head, tail = re.split(r"(?<=\n\n)def make_flat_env(?s:.*?)\n\n\n(?=class Envs)", SOURCES[FIRST])

@@ -11,7 +11,7 @@ from conftest import ROOT, first
 
 @pytest.mark.slow
 def test_a_script_and_its_test_file_are_enough(tmp_path):
-    """Both are copied under a new name into a copy of the tree; there it passes the common tests."""
+    """Both are copied under a new name into a copy of the tree, and pass the common tests there."""
     old, new, tree = first(), "a_new_algorithm", tmp_path / "tree"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
     shutil.copytree(ROOT, tree, ignore=ignored)
@@ -20,7 +20,15 @@ def test_a_script_and_its_test_file_are_enough(tmp_path):
         copy.write_text((tree / path).read_text().replace(old, new))
     subprocess.run([sys.executable, "tests/benchmarks/plot.py"], cwd=tree, check=True)
     tests = "test_conventions or test_help or test_another_seed"
-    command = ["-m", "pytest", "tests/test_conventions.py", "tests/test_commands.py", "-rA", "-k", tests]
+    command = [
+        "-m",
+        "pytest",
+        "tests/test_conventions.py",
+        "tests/test_commands.py",
+        "-rA",
+        "-k",
+        tests,
+    ]
     ended = subprocess.run([sys.executable, *command], cwd=tree, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout
     assert len(re.findall(rf"PASSED tests/test_commands.py::test_\w+\[{new}\]", ended.stdout)) == 2

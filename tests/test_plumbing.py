@@ -159,7 +159,7 @@ def bounds(hint):
 
 @pytest.mark.parametrize("script", NAMES)
 def test_arguments_keep_their_bounds(script):
-    """Every number in every script, from Python; and only plain values, which a checkpoint can hold."""
+    """Every number in every script, from Python; only plain values, which a checkpoint can hold."""
     args = importlib.import_module(script).Args
     for name, hint in typing.get_type_hints(args, include_extras=True).items():
         default = getattr(args(), name)
@@ -207,7 +207,9 @@ def test_observations_that_are_no_vectors(bench, env_id):
 
 def test_arguments_of_the_environment(bench):
     ended = run_case(bench, "Paid", """--env-kwargs '{"pay": 3.5}'""")
-    assert result(bench, ended)["episodic_return"] % 3.5 == 0 < result(bench, ended)["episodic_return"]
+    assert (
+        result(bench, ended)["episodic_return"] % 3.5 == 0 < result(bench, ended)["episodic_return"]
+    )
     is_refused(bench.run("--env-id cases:Paid-v0 --env-kwargs '{}x'"), "--env-kwargs")
 
 
@@ -231,7 +233,9 @@ def test_load_policy_plays_as_the_evaluation(bench, reference):
                 obs, reward, terminated, truncated, _ = env.step(policy(obs))
                 total, end = total + reward, terminated or truncated
             returns.append(total)
-    assert np.mean(returns) == json.loads((reference / "result.json").read_text())["episodic_return"]
+    assert (
+        np.mean(returns) == json.loads((reference / "result.json").read_text())["episodic_return"]
+    )
 
 
 def test_episodes_have_seeds_of_their_own(monkeypatch):
@@ -333,22 +337,28 @@ def test_an_episode_that_cannot_be_repeated(bench):
 
 @pytest.mark.parametrize("what", ['{"reward": "nan"}', '{"reward": "inf"}', '{"obs": "nan"}'])
 def test_what_is_not_finite_stops_the_run(bench, what):
-    """The message says what it was. The checkpoint is good: resumed, the run comes to the same place."""
+    """The message says what it was. The checkpoint is good: the run goes on to the same place."""
     ended = run_case(bench, "NotFinite", f"--checkpoint-frequency 100 --env-kwargs '{what}'", 2)
     folder = ended.lines[0].removeprefix("Training in ")
     for ended in (ended, bench.run(f"--resume {folder}")):
-        assert "Traceback" not in ended.err and "observation or a reward" in ended.err.splitlines()[-1]
+        assert (
+            "Traceback" not in ended.err and "observation or a reward" in ended.err.splitlines()[-1]
+        )
     assert state(bench.folder / folder)["envs"]["steps"] >= 100
-    assert all(weights.isfinite().all() for weights in state(bench.folder / folder)["network"].values())
+    assert all(
+        weights.isfinite().all() for weights in state(bench.folder / folder)["network"].values()
+    )
 
 
 def test_an_error_of_the_environment_keeps_its_traceback(bench):
-    """And the last lines say the step, and the command that goes on: to the same weights and curves."""
+    """The last lines say the step, and the command that goes on: to the same weights and curves."""
     flags = "--checkpoint-frequency 250 --eval-frequency 0"
     ended = run_case(bench, "Disconnects", flags, 1)
     assert "in step" in ended.err and "ConnectionResetError: [Errno 104]" in ended.err
     step, command = ended.err.splitlines()[-2:]
-    found = re.fullmatch(r"Stopped at step (6\d\d)\. To go on from the checkpoint of step (5\d\d):", step)
+    found = re.fullmatch(
+        r"Stopped at step (6\d\d)\. To go on from the checkpoint of step (5\d\d):", step
+    )
     folder = bench.folder / ended.lines[0].removeprefix("Training in ")
     assert int(found[2]) == state(folder)["envs"]["steps"]
     assert max(points[-1][0] for points in curves(folder).values()) > int(found[2])
@@ -363,19 +373,25 @@ def test_an_error_of_the_environment_keeps_its_traceback(bench):
     assert "not enough memory" not in ended.err and "--resume" in ended.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("case, flags", [("Rich", ""), ("NotFinite", """{"reward": "nan"}"""), ("NoWindow", "")])
+@pytest.mark.parametrize(
+    "case, flags", [("Rich", ""), ("NotFinite", """{"reward": "nan"}"""), ("NoWindow", "")]
+)
 def test_what_fails_leaves_nothing_open(tmp_path, monkeypatch, case, flags):
     """One trial of a search, from Python: no thread, writer, lock or environment stays."""
     for name in ("made", "closed"):
         monkeypatch.setattr(getattr(cases, case), name, 0, raising=False)
     before, handler = set(threading.enumerate()), signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have set it to be ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell may have set it to be ignored
     with pytest.raises(RuntimeError if case == "NoWindow" else ValueError):
         train(tmp_path, env_id=f"cases:{case}-v0", env_kwargs=flags or "{}", total_timesteps=2000)
     assert all("TMonitor" in repr(thread) for thread in set(threading.enumerate()) - before)
     assert getattr(cases, case).made == getattr(cases, case).closed > 0
     assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
-    assert not [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]
+    assert not [
+        link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)
+    ]
 
 
 def test_a_missing_extra_is_named(bench):
@@ -467,12 +483,14 @@ def test_a_finished_run_that_is_resumed_says_so(bench, run_dir):
     assert ended.code == 0 and ended.lines[-1] == "run", ended
     assert "has ended" in ended.out and "--total-timesteps" in ended.out
     assert "Evaluation" not in ended.out and fingerprint(run_dir) == before
-    result = MODULE.train(dataclasses.replace(MODULE.Args(**state(run_dir)["args"]), resume=str(run_dir)))
+    result = MODULE.train(
+        dataclasses.replace(MODULE.Args(**state(run_dir)["args"]), resume=str(run_dir))
+    )
     assert result.steps == state(run_dir)["envs"]["steps"] and fingerprint(run_dir) == before
 
 
 def test_killed_in_the_last_evaluation(bench, run_dir):
-    """All is trained and saved, but there is no result: it is evaluated, and the checkpoint stays."""
+    """All is trained and saved, but there is no result. It is evaluated; the checkpoint stays."""
     before, result = fingerprint(run_dir), (run_dir / "result.json").read_text()
     (run_dir / "result.json").write_text(result[:20])  # killed while it was written
     bench.train("--resume run")
@@ -484,19 +502,25 @@ def test_killed_in_the_last_evaluation(bench, run_dir):
 def test_the_file_may_be_named_in_place_of_the_folder(bench, run_dir):
     ended = bench.run("--resume run/checkpoint.pt --total-timesteps 3000")
     assert ended.code == 0 and ended.lines[-1] == "run" and state(run_dir)["envs"]["steps"] >= 3000
-    is_refused(bench.run("--resume run/best.pt --total-timesteps 4000"), "run/best.pt", "does not fit")
+    is_refused(
+        bench.run("--resume run/best.pt --total-timesteps 4000"), "run/best.pt", "does not fit"
+    )
 
 
 def test_flags_beside_resume_replace_those_of_the_run(bench, run_dir, monkeypatch):
     steps = state(run_dir)["envs"]["steps"]
-    bench.train(f"--resume run --total-timesteps {steps + 1000} --learning-rate 1e-5 --no-anneal-lr")
+    bench.train(
+        f"--resume run --total-timesteps {steps + 1000} --learning-rate 1e-5 --no-anneal-lr"
+    )
     args = state(run_dir)["args"]
     assert args["learning_rate"] == 1e-5 and args["total_timesteps"] == steps + 1000
     assert args["num_envs"] == 2 and args["resume"] is None  # as they were
     found = curves(run_dir)
     rates = dict(found["charts/learning_rate"])
     assert {round(rate, 10) for step, rate in rates.items() if step > steps} == {1e-5}
-    assert [step for step, _ in found["eval/episodic_return"]][-1] == state(run_dir)["envs"]["steps"]
+    assert [step for step, _ in found["eval/episodic_return"]][-1] == state(run_dir)["envs"][
+        "steps"
+    ]
     assert json.loads((run_dir / "result.json").read_text())["steps"] >= steps + 1000
     assert all(group["lr"] == 1e-5 for group in state(run_dir)["optimizer"]["param_groups"])
 
@@ -507,7 +531,9 @@ def test_what_cannot_fit_is_refused(bench, run_dir, change):
     is_refused(bench.run(f"--resume run --total-timesteps 9000 {change}"), "run", "does not fit")
     if change != "--num-envs 3":
         is_refused(bench.run(f"--evaluate run {change}"), "run", "does not fit")
-    assert {path: before[path] for path in before if path.name != "lock"}.items() <= fingerprint(run_dir).items()
+    assert {path: before[path] for path in before if path.name != "lock"}.items() <= fingerprint(
+        run_dir
+    ).items()
 
 
 def test_two_processes_cannot_train_in_one_folder(bench):
@@ -568,7 +594,10 @@ def foreign_checkpoints(reference):
         yield f"{key} is a text", ours | {key: "text"}
         yield f"{key} is a list", ours | {key: [1, 2, 3]}
     for key in ours["envs"]:
-        yield f"no {key} of envs", ours | {"envs": {k: v for k, v in ours["envs"].items() if k != key}}
+        yield (
+            f"no {key} of envs",
+            ours | {"envs": {k: v for k, v in ours["envs"].items() if k != key}},
+        )
         yield f"{key} of envs is a text", ours | {"envs": ours["envs"] | {key: "text"}}
         yield f"{key} of envs is None", ours | {"envs": ours["envs"] | {key: None}}
 
@@ -588,7 +617,10 @@ def test_a_checkpoint_that_is_not_whole_is_refused(bench, reference, monkeypatch
             assert "run" in str(error), name
         except Exception as error:
             raise AssertionError(f"{name}: {error!r}") from error
-        assert {path.name for path in (bench.folder / "run").iterdir()} <= {"checkpoint.pt", "lock"}, name
+        assert {path.name for path in (bench.folder / "run").iterdir()} <= {
+            "checkpoint.pt",
+            "lock",
+        }, name
     path.write_bytes(b"")
     for flag in ("--resume run", "--evaluate run", "--evaluate run/checkpoint.pt"):
         is_refused(bench.run(flag), "run/checkpoint.pt")
@@ -614,11 +646,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", place], capture_output=True)
 
 
-@pytest.mark.parametrize("left", ["nothing", "no checkpoint", "a checkpoint", "a checkpoint and a half", "no log"])
+@pytest.mark.parametrize(
+    "left", ["nothing", "no checkpoint", "a checkpoint", "a checkpoint and a half", "no log"]
+)
 def test_a_full_disk(bench, reference, small_disk, left):
     """One line, nothing printed by threads, and no half checkpoint is left."""
     size = (reference / "checkpoint.pt").stat().st_size // 1024
-    place = small_disk({"nothing": 4, "no checkpoint": 16, "a checkpoint": size + 20}.get(left, 3 * size // 2 + 16))
+    place = small_disk(
+        {"nothing": 4, "no checkpoint": 16, "a checkpoint": size + 20}.get(left, 3 * size // 2 + 16)
+    )
     if left == "nothing":
         (place / "full").write_bytes(bytes(4096))
     flags = "--checkpoint-frequency 0 --eval-frequency 0" if left == "no log" else ""
@@ -628,7 +664,9 @@ def test_a_full_disk(bench, reference, small_disk, left):
     assert not list(place.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("iostream error")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("iostream error")]
+)
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, error):
     """As on a full disk: the one before stays, and half of a new one does not."""
     save, calls = torch.save, []
@@ -694,7 +732,9 @@ def test_the_speed_is_of_this_process(tmp_path, monkeypatch):
     args = MODULE.Args(**state(Path(first.folder))["args"])
     train(tmp_path, **vars(args) | {"total_timesteps": 3 * steps, "resume": first.folder})
     monkeypatch.undo()
-    speeds = [point for point in events(Path(first.folder)).Scalars("charts/SPS") if point.step > steps]
+    speeds = [
+        point for point in events(Path(first.folder)).Scalars("charts/SPS") if point.step > steps
+    ]
     looks = [(point.step - steps) / point.value for point in speeds]
     assert len(looks) >= 2 and looks == pytest.approx([round(look) for look in looks])
     assert looks[0] == pytest.approx(1) and looks == sorted(looks)
@@ -713,10 +753,14 @@ def test_seconds_are_added_up(bench, run_dir):
 def test_the_hparams_tab(reference):
     """One row for a run; script and return first."""
     (session,) = [
-        value.session_start_info for value in hparams_of(reference) if value.HasField("session_start_info")
+        value.session_start_info
+        for value in hparams_of(reference)
+        if value.HasField("session_start_info")
     ]
     names = list(session.hparams)
-    (experiment,) = [value.experiment for value in hparams_of(reference) if value.HasField("experiment")]
+    (experiment,) = [
+        value.experiment for value in hparams_of(reference) if value.HasField("experiment")
+    ]
     assert [info.name for info in experiment.hparam_infos][:2] == ["exp_name", "return"]
     assert [info.name.tag for info in experiment.metric_infos] == ["eval/episodic_return"]
     assert session.hparams["exp_name"].string_value == SCRIPT
@@ -778,7 +822,9 @@ def test_a_terminal_without_unicode_and_python_oo_are_no_reasons_to_end(bench):
 def test_no_standard_output_is_no_reason_to_end(bench):
     """Closed, as by some services."""
     command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, f"{SCRIPT}.py", *TINY.split()]
-    ended = subprocess.run(command, cwd=bench.folder, env=bench.environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, cwd=bench.folder, env=bench.environment, capture_output=True, text=True
+    )
     assert ended.returncode == 0 and "Traceback" not in ended.stderr
     (folder,) = (bench.folder / "runs").iterdir()
     assert (folder / "result.json").exists()
@@ -786,13 +832,17 @@ def test_no_standard_output_is_no_reason_to_end(bench):
 
 def test_a_name_with_slashes_is_one_folder(tmp_path):
     folder = Path(train(tmp_path, exp_name="mine/old", env_id="cases:Line-v0", seed=7).folder)
-    assert folder.parent == tmp_path and re.fullmatch(r"cases-Line-v0__mine-old__7__[\d-]+", folder.name)
+    assert folder.parent == tmp_path and re.fullmatch(
+        r"cases-Line-v0__mine-old__7__[\d-]+", folder.name
+    )
 
 
 @SLOW
 def test_a_script_runs_where_it_is_on_a_module_of_the_current_folder(bench):
     command = [sys.executable, path_of(SCRIPT), "--env-id", "cases:Line-v0", *TINY.split()]
-    ended = subprocess.run(command, cwd=bench.folder, env=bench.environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, cwd=bench.folder, env=bench.environment, capture_output=True, text=True
+    )
     assert ended.returncode == 0 and (bench.folder / ended.stdout.splitlines()[-1]).is_dir(), ended
 
 
