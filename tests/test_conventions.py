@@ -303,7 +303,7 @@ DIFFER = [
     (same_plumbing, r"\n\nclass Envs:", "\n\nclass Envs:  # mine"),
     (same_plumbing, r'(?s)\n\ndef make_flat_env.*?\n\n\n(?=.*".tmp")(.*)".tmp"', r'\n\n\1".new"'),
     (same_name_same_code, r"eval_episodes, num_envs\)", "eval_episodes, num_envs - 1)"),
-    (same_name_same_code, r"\nShare = Annotated\[float, 0, 1\]", "\nShare = Annotated[float, 0, 2]"),
+    (same_name_same_code, r"\nFraction = Annotated\[float, 0, 1\]", "\nFraction = Annotated[float, 0, 2]"),
     (flags, r"(\n    seed: .*?)  # .*", r"\1  # another comment"),
     (flags, r"\n    seed: .* =", "\n    seed: float ="),
 ]
