@@ -353,7 +353,9 @@ class Killed(Exception):
 @pytest.mark.parametrize("env_id, arrays", [
     ("PixelDiary-v0", "true"), pytest.param("ALE/Breakout-v5", None, marks=pytest.mark.slow)
 ])  # fmt: skip
-def test_interrupted_or_not_the_run_is_the_same(script, tmp_path, monkeypatch, env_id, arrays):
+def test_interrupted_or_not_the_run_is_the_same(
+    script, limited, tmp_path, monkeypatch, env_id, arrays
+):  # fmt: skip
     """To the last bit: killed twice and resumed, with checkpoints at other times; own environments
     that truncate, with a reward and ends in arrays, too; with new seeds before and after."""
     monkeypatch.setattr(script, "RESEED_FREQUENCY", 400)
