@@ -826,6 +826,7 @@ class Run:
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
         self.saved_step = self.envs.steps
+        (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
         if (self.folder / "best.pt").exists():
             self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
 
