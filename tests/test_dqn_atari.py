@@ -17,9 +17,9 @@ from torch import nn
 
 # The description for the common tests: README.md explains it.
 TINY = (
-    "--total-timesteps 1200 --num-envs 4 --buffer-size 400 --learning-starts 100 --batch-size 8 "
-    "--train-frequency 8 --target-network-frequency 200 --exploration-fraction 0.5 --norm-obs "
-    "--checkpoint-frequency 250 --eval-frequency 500 --eval-episodes 2 --eval-epsilon 0.5 "
+    "--total-timesteps 800 --num-envs 2 --buffer-size 300 --learning-starts 100 --batch-size 4 "
+    "--train-frequency 20 --target-network-frequency 100 --exploration-fraction 0.5 --norm-obs "
+    "--checkpoint-frequency 150 --eval-frequency 450 --eval-episodes 1 --eval-epsilon 0.5 "
     "--num-threads 1"
 )
 OWN = "pixels"

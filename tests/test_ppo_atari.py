@@ -18,8 +18,8 @@ from torch.distributions import Categorical
 
 # The description for the common tests: README.md explains it.
 TINY = (
-    "--total-timesteps 1200 --num-envs 4 --num-steps 25 --num-minibatches 2 --update-epochs 1 "
-    "--norm-obs --checkpoint-frequency 250 --eval-frequency 500 --eval-episodes 2 --num-threads 1"
+    "--total-timesteps 800 --num-envs 2 --num-steps 25 --num-minibatches 2 --update-epochs 1 "
+    "--norm-obs --checkpoint-frequency 150 --eval-frequency 450 --eval-episodes 1 --num-threads 1"
 )
 OWN = "pixels"
 OWN_FLAGS = (
