@@ -394,6 +394,8 @@ class ReplayBuffer:
             new_rows = (first + torch.randint(count, (batch_size,))) % self.num_rows
             new_envs = torch.randint(self.num_envs, (batch_size,))
             whole = ~self.truncated[new_rows, new_envs]
+            if not whole.any() and self.truncated[: self.rows_written].all():
+                raise UsageError("every step was truncated: there is nothing to learn from")
             rows, envs = torch.cat([rows, new_rows[whole]]), torch.cat([envs, new_envs[whole]])
         rows, envs = rows[:batch_size], envs[:batch_size]
         steps_back = torch.arange(STACK - 1, -2, -1)  # 3, 2, 1, 0, and -1 for the next observation

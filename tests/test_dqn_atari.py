@@ -210,6 +210,14 @@ def test_the_older_checkpoint_fits_if_the_newer_one_was_not_written(tmp_path):
     assert left == {"replay.journal-32", "replay.journal-36"}
 
 
+def test_nothing_can_be_drawn_if_every_step_is_truncated(tmp_path):
+    buffer, obs = new_buffer(tmp_path), np.zeros((N, 4, 84, 84), np.uint8)
+    for _ in range(10):
+        buffer.add(obs, *np.zeros((3, N), np.uint8), np.ones(N, bool), np.zeros(N))
+    with pytest.raises(ValueError, match="every step was truncated"):
+        buffer.sample(4)
+
+
 def test_256_actions_and_rewards_of_any_size_are_kept(tmp_path):
     torch.manual_seed(0)
     buffer, obs = new_buffer(tmp_path, num_envs=1), np.zeros((1, 4, 84, 84), np.uint8)
