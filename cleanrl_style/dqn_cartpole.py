@@ -30,9 +30,9 @@ Run      python dqn_cartpole.py
              --buffer-size 50000 --target-network-frequency 250 --batch-size 128 --end-e 0.1 \
              --exploration-fraction 0.12 --train-frequency 4 --gradient-steps 4 --hidden-size 256
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and wall time on one core of an AMD EPYC beside other work, start-up and
+         seed), and median wall time on one core of an AMD EPYC beside other work, start-up and
          evaluation included. The flags of the last two are nearly those of RL Zoo:
-             CartPole-v1     488.6 (386.4 to 500.0)    100k steps    60 s   nine of ten reach 500
+             CartPole-v1     500.0 (500.0 to 500.0)    100k steps    64 s
              MountainCar-v0  -113.0 (-200.0 to -98.5)  200k steps   189 s   one of ten fails
              Acrobot-v1      -76.3 (-79.5 to -73.4)    100k steps   370 s
 """

@@ -37,10 +37,11 @@ Run      python ppo_cartpole.py
              --gae-lambda 0.98 --norm-obs --norm-reward
          The same with --env-id Acrobot-v1
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and wall time on one core of an AMD EPYC, start-up and evaluation included:
-             CartPole-v1     500.0 (500.0 to 500.0)    100k steps   22 s
-             MountainCar-v0  -106.3 (-109.6 to -103.2) 300k steps   27 s
-             Acrobot-v1      -81.1 (-88.3 to -73.4)    300k steps   35 s
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
+         had other work, too:
+             CartPole-v1     500.0 (500.0 to 500.0)     100k steps   40 s
+             MountainCar-v0  -109.4 (-125.8 to -103.9)  300k steps   38 s
+             Acrobot-v1      -79.0 (-82.3 to -73.8)     300k steps   61 s
 """
 
 import contextlib
