@@ -898,7 +898,9 @@ class Run:
 
     def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
         """Evaluates, and keeps the best network in best.pt."""
+        begun = time.perf_counter()
         mean, length = evaluate(self.args, self.network, gif)
+        self.start += time.perf_counter() - begun  # no time of training
         self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
         if mean > self.best_return:
             self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
@@ -924,9 +926,9 @@ class Run:
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
         mean, length = self.evaluate(gif)
-        # exp_name and return are the first columns of HPARAMS.
+        # Capitals come first in HPARAMS.
         given = {name: value for name, value in asdict(self.args).items() if value is not None}
-        row = {"exp_name": self.args.exp_name, "return": mean} | given
+        row = {"Return": mean, "Script": self.args.exp_name} | given
         summaries = list(hparams(row, {"eval/episodic_return": mean}))
         result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
         with as_usage_error("cannot write the result", OSError):
