@@ -86,7 +86,7 @@ SAMPLE = 1_000  # observations of the buffer that --norm-obs adds at a time
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
 Frequency = Annotated[int, 0, 10**12]  # interval in steps; 0: never
-Size = Annotated[int, 1, 10**9]
+Size = Annotated[int, 1, 10**8]
 Count = Annotated[int, 1, 10**6]
 SmallCount = Annotated[int, 1, 4096]
 Fraction = Annotated[float, 0, 1]
@@ -1026,10 +1026,11 @@ def parse_args() -> Args:
     doc = __doc__ or SCRIPT  # none with python -OO
     about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
     parsed = tyro.cli(command, args=words, description="\n\n".join(about))
-    with as_usage_error("arguments", ValueError, RuntimeError, AssertionError):
+    with as_usage_error("arguments", ValueError):
         args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+    with as_usage_error(f"--device {args.device}", RuntimeError, AssertionError):
         torch.zeros(1, device=args.device).cpu()  # is it there?
-        return args
+    return args
 
 
 def main() -> None:

@@ -960,10 +960,11 @@ def parse_args() -> Args:
     doc = __doc__ or SCRIPT  # none with python -OO
     about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
     parsed = tyro.cli(command, args=words, description="\n\n".join(about))
-    with as_usage_error("arguments", ValueError, RuntimeError, AssertionError):
+    with as_usage_error("arguments", ValueError):
         args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+    with as_usage_error(f"--device {args.device}", RuntimeError, AssertionError):
         torch.zeros(1, device=args.device).cpu()  # is it there?
-        return args
+    return args
 
 
 def main() -> None:
