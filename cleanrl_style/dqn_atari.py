@@ -177,26 +177,6 @@ def make_games(args: Args, num_envs: int, **picture: int) -> gym.vector.VectorEn
     return games
 
 
-class RunningStatistics(nn.Module):
-    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0.0))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
-        total = self.count + len(rows)
-        difference = rows.mean(0) - self.mean
-        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
-        self.mean += difference * len(rows) / total
-        self.count.copy_(total)
-
-
 class QNetwork(nn.Module):
     """Q(s, .): three convolutions and two linear layers, as in the paper."""
 
@@ -317,6 +297,29 @@ def update(
         nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
     optimizer.step()
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+
+# ---- Normalisation -------------------------------------------------------------------------------
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
+        total = self.count + len(rows)
+        difference = rows.mean(0) - self.mean
+        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
+        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
+        self.mean += difference * len(rows) / total
+        self.count.copy_(total)
 
 
 def newest_frames(obs: Tensor) -> Tensor:

@@ -170,26 +170,6 @@ def make_games(args: Args, num_envs: int, **picture: int) -> gym.vector.VectorEn
     return games
 
 
-class RunningStatistics(nn.Module):
-    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0.0))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
-        total = self.count + len(rows)
-        difference = rows.mean(0) - self.mean
-        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
-        self.mean += difference * len(rows) / total
-        self.count.copy_(total)
-
-
 class Agent(nn.Module):
     """pi(a|s) and V(s) on top of the convolutions of Mnih et al. (2015)."""
 
@@ -350,11 +330,6 @@ def update(
         }
 
 
-def newest_frames(obs: Tensor) -> Tensor:
-    """Observations (..., 4, 84, 84) of uint8 -> newest frames (B, 84 * 84)."""
-    return obs[..., -1, :, :].reshape(-1, 84 * 84).float()
-
-
 def learn(
     agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
@@ -370,6 +345,34 @@ def learn(
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 where V predicts the returns, 0 where it is no better than a constant: (B,), (B,)."""
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
+
+
+# ---- Normalisation -------------------------------------------------------------------------------
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
+        total = self.count + len(rows)
+        difference = rows.mean(0) - self.mean
+        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
+        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
+        self.mean += difference * len(rows) / total
+        self.count.copy_(total)
+
+
+def newest_frames(obs: Tensor) -> Tensor:
+    """Observations (..., 4, 84, 84) of uint8 -> newest frames (B, 84 * 84)."""
+    return obs[..., -1, :, :].reshape(-1, 84 * 84).float()
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------

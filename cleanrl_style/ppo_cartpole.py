@@ -138,47 +138,6 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return env
 
 
-class RunningStatistics(nn.Module):
-    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0.0))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
-        total = self.count + len(rows)
-        difference = rows.mean(0) - self.mean
-        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
-        self.mean += difference * len(rows) / total
-        self.count.copy_(total)
-
-
-class RewardScaler(nn.Module):
-    """Divides rewards by the running standard deviation of R_t = r_t + gamma * R_{t-1}.
-
-    Rewards are not shifted: this would change which policy is best.
-    """
-
-    def __init__(self, num_envs: int, gamma: float) -> None:
-        super().__init__()
-        self.gamma, self.statistics = gamma, RunningStatistics(1)
-        self.register_buffer("sums", torch.zeros(num_envs))  # gamma * R_{t-1}, 0 at a start
-
-    def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:
-        """Rewards and ends of a rollout (T, N) -> rewards (T, N), scaled and clipped to 10."""
-        sums = torch.empty_like(rewards)
-        for t in range(len(rewards)):
-            sums[t] = rewards[t] + self.sums
-            self.sums.copy_(self.gamma * sums[t] * ~ended[t])
-        self.statistics.update(sums.reshape(-1, 1))
-        return (rewards / (self.statistics.variance + 1e-8).sqrt()).clamp(-10, 10)
-
-
 def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
     """A linear layer, initialised with an orthogonal matrix times gain, and biases of 0."""
     linear = nn.Linear(inputs, outputs)
@@ -339,6 +298,50 @@ def learn(
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 where V predicts the returns, 0 where it is no better than a constant: (B,), (B,)."""
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
+
+
+# ---- Normalisation -------------------------------------------------------------------------------
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
+        total = self.count + len(rows)
+        difference = rows.mean(0) - self.mean
+        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
+        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
+        self.mean += difference * len(rows) / total
+        self.count.copy_(total)
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the running standard deviation of R_t = r_t + gamma * R_{t-1}.
+
+    Rewards are not shifted: this would change which policy is best.
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__()
+        self.gamma, self.statistics = gamma, RunningStatistics(1)
+        self.register_buffer("sums", torch.zeros(num_envs))  # gamma * R_{t-1}, 0 at a start
+
+    def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:
+        """Rewards and ends of a rollout (T, N) -> rewards (T, N), scaled and clipped to 10."""
+        sums = torch.empty_like(rewards)
+        for t in range(len(rewards)):
+            sums[t] = rewards[t] + self.sums
+            self.sums.copy_(self.gamma * sums[t] * ~ended[t])
+        self.statistics.update(sums.reshape(-1, 1))
+        return (rewards / (self.statistics.variance + 1e-8).sqrt()).clamp(-10, 10)
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------
