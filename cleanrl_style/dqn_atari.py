@@ -18,9 +18,9 @@ Idea     Learn Q(s, a), the expected discounted return of action a in state s if
 
          Transitions are drawn at random from a replay buffer, as consecutive ones are correlated.
          Q_target is an older copy of the network, so that the target does not move with every
-         step. An action is random with probability epsilon, which decays.
-         With --double-q, the Q-network chooses a', and Q_target evaluates it: the maximum of noisy
-         estimates is too large on average.
+         step. While training, an action is random with probability epsilon, which decays.
+         huber(d) is d^2 / 2 up to |d| = 1, and linear beyond. With --double-q, the Q-network
+         chooses a', and Q_target evaluates it: a maximum over noisy estimates is biased upwards.
 Differs  Adam instead of RMSProp. Q_target is copied every 250 gradient steps, not every 10,000;
          epsilon decays from the first step on, to 1%. N games are played side by side, with one
          gradient step for every 4 of their steps. As in the paper, the learner sees the sign of a
@@ -83,13 +83,13 @@ STACK = 4  # frames of an observation
 LOG_FREQUENCY = 1_000  # steps between points of the losses
 SAMPLE = 1_000  # observations of the buffer that --norm-obs adds at a time
 
-# Types of arguments, with the least and the largest value allowed.
+# Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
-Frequency = Annotated[int, 0, 10**12]  # steps from one time to the next; 0: never
-Size = Annotated[int, 1, 10**9]
+Frequency = Annotated[int, 0, 10**12]  # interval in steps; 0: never
+Size = Annotated[int, 1, 10**8]
 Count = Annotated[int, 1, 10**6]
-Few = Annotated[int, 1, 4096]
-Share = Annotated[float, 0, 1]
+SmallCount = Annotated[int, 1, 4096]
+Fraction = Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-30, 1e30]
 Weight = Annotated[float, 0, 1e30]
 
@@ -97,31 +97,31 @@ Weight = Annotated[float, 0, 1e30]
 @dataclass(frozen=True)
 class Args:
     env_id: str = "ALE/Breakout-v5"  # Gymnasium environment, or my_module:MyEnv-v0
-    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"is_slippery": false}'
-    seed: Annotated[int, 0, 2**63 - 1] = 1  # of everything random in the run
+    env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
     total_timesteps: Steps = 10_000_000  # environment steps to train for, at least
-    num_envs: Few = 8  # environments stepped side by side (N)
+    num_envs: SmallCount = 8  # parallel environments (N)
 
     learning_rate: Positive = 1e-4  # step size of Adam
     adam_epsilon: Positive = 1.5e-4  # is added to the denominator of Adam's step
     anneal_lr: bool = False  # lower the learning rate linearly to 0 over the run
     buffer_size: Size = 1_000_000  # transitions in the replay buffer
-    gamma: Share = 0.99  # discount factor
-    tau: Share = 1.0  # share of the Q-network in an update of the target network; 1: a copy
-    target_network_frequency: Steps = 1_000  # steps between updates of the target network
-    batch_size: Count = 32  # transitions in one gradient step (B)
-    start_e: Share = 1.0  # epsilon, the probability of a random action, at the start
-    end_e: Share = 0.01  # epsilon after its decay
-    exploration_fraction: Share = 0.1  # share of total-timesteps in which epsilon decays
-    learning_starts: Steps = 80_000  # steps before the first gradient step
-    train_frequency: Steps = 4  # steps between gradient steps
+    gamma: Fraction = 0.99  # discount factor
+    tau: Fraction = 1.0  # step of the target network towards the Q-network; 1: a copy
+    target_network_frequency: Steps = 1_000  # environment steps between updates of it
+    batch_size: Count = 32  # transitions in a minibatch (B)
+    start_e: Fraction = 1.0  # epsilon, the probability of a random action, at the start
+    end_e: Fraction = 0.01  # epsilon after its decay
+    exploration_fraction: Fraction = 0.1  # fraction of total-timesteps over which epsilon decays
+    learning_starts: Steps = 80_000  # environment steps before the first update
+    train_frequency: Steps = 4  # environment steps between updates
     double_q: bool = False  # the Q-network chooses the next action, the target network evaluates it
     loss: Literal["huber", "squared"] = "huber"  # huber: gradients of large errors are clipped
-    max_grad_norm: Weight = 0.0  # gradients are clipped to this norm; 0: they are not
+    max_grad_norm: Weight = 0.0  # largest norm of the gradient; 0: not clipped
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
-    sticky_actions: Share = 0.0  # probability that the emulator repeats the last action
-    eval_epsilon: Share = 0.01  # epsilon in evaluation, so that no game goes in circles
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster
+    sticky_actions: Fraction = 0.0  # probability that the emulator repeats the last action
+    eval_epsilon: Fraction = 0.01  # epsilon in evaluation, so that no game is stuck in a loop
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CPUs made for it
     compile: bool = False  # compile the networks, for a GPU
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
@@ -131,8 +131,8 @@ class Args:
     checkpoint_frequency: Frequency = 100_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
     eval_episodes: Count = 10  # episodes of one evaluation
-    capture_video: bool = False  # draw the first episode of the last evaluation, as episode.gif
-    resume: str | None = None  # folder of a run to go on with; other flags replace that run's
+    capture_video: bool = False  # record the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to resume; other flags replace the saved ones
     evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
 
     def __post_init__(self) -> None:
@@ -149,21 +149,22 @@ class Args:
 
 
 def make_games(args: Args, num_envs: int, **picture: int) -> gym.vector.VectorEnv:
-    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last, 0 at first.
+    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last.
 
-    The emulators begin a game by FIRE where it needs that, then by up to 30 no-ops, repeat each
-    action for four frames, take the brighter of the last two for each pixel, in grey, and shrink
-    that to 84 x 84.
+    The emulators begin a game by FIRE, if it is needed, and up to 30 no-ops, repeat each action for
+    four frames, take the maximum of the last two for each pixel, in grey, and resize to 84 x 84.
     """
     if not args.env_id.startswith("ALE/"):
         if args.sticky_actions:
             raise UsageError(f"--sticky-actions is for the emulator; {args.env_id} has none")
         games = OwnGames(args, num_envs)
     else:
-        with refusing(f"cannot make the game {args.env_id!r}", gym.error.Error, ImportError):
+        what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+        with as_usage_error(what, gym.error.Error, ImportError, ValueError, TypeError):
             games = gym.make_vec(
                 args.env_id, num_envs, autoreset_mode="SameStep", reward_clipping=False,
                 repeat_action_probability=args.sticky_actions, **picture,
+                **json.loads(args.env_kwargs),
             )  # fmt: skip
     obs_space, action_space = games.single_observation_space, games.single_action_space
     frames = isinstance(obs_space, gym.spaces.Box) and obs_space.dtype == np.uint8
@@ -174,26 +175,6 @@ def make_games(args: Args, num_envs: int, **picture: int) -> gym.vector.VectorEn
                          "(4, 84, 84), uint8), the newest frame last, and up to 256 Discrete "
                          f"actions; {args.env_id} has {obs_space} and {action_space}")  # fmt: skip
     return games
-
-
-class RunningStatistics(nn.Module):
-    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0.0))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
-        total = self.count + len(rows)
-        difference = rows.mean(0) - self.mean
-        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
-        self.mean += difference * len(rows) / total
-        self.count.copy_(total)
 
 
 class QNetwork(nn.Module):
@@ -238,9 +219,10 @@ class QNetwork(nn.Module):
 
 
 def use_bfloat16(args: Args) -> bool:
-    """auto: where the CPU has instructions for it."""
-    has_it = args.device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return args.precision == "bfloat16" or (args.precision == "auto" and has_it)
+    """auto: on CPUs with instructions for it."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    automatic = args.precision == "auto" and args.device == "cpu" and supported()
+    return automatic or args.precision == "bfloat16"
 
 
 def make_network(args: Args, envs: "Envs") -> QNetwork:
@@ -317,8 +299,31 @@ def update(
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
 
+# ---- Normalisation -------------------------------------------------------------------------------
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
+        total = self.count + len(rows)
+        difference = rows.mean(0) - self.mean
+        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
+        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
+        self.mean += difference * len(rows) / total
+        self.count.copy_(total)
+
+
 def newest_frames(obs: Tensor) -> Tensor:
-    """Observations (..., 4, 84, 84) of uint8 -> (B, 84 * 84): what the statistics are about."""
+    """Observations (..., 4, 84, 84) of uint8 -> newest frames (B, 84 * 84)."""
     return obs[..., -1, :, :].reshape(-1, 84 * 84).float()
 
 
@@ -353,7 +358,7 @@ class ReplayBuffer:
         self.folder, path = folder, folder / "replay.frames"
         shape = self.num_rows, self.num_envs, 84 * 84
         if not resume:
-            with refusing(f"cannot make {path}", OSError), open(path, "wb") as file:
+            with as_usage_error(f"cannot make {path}", OSError), open(path, "wb") as file:
                 if math.prod(shape) > shutil.disk_usage(folder).free:  # or it would be filled first
                     raise OSError(f"--buffer-size needs {math.prod(shape) / 1e9:.1f} GB of disk")
                 if hasattr(os, "posix_fallocate"):  # a full disk fails now, not hours later
@@ -371,7 +376,7 @@ class ReplayBuffer:
         """One row: observations (N, 4, 84, 84), whose newest frames are kept, and five of (N,)."""
         row = self.rows_written % self.num_rows
         if self.num_rows <= self.rows_written < self.saved_rows + self.num_rows:
-            with refusing(f"cannot write to {self.folder}", OSError):
+            with as_usage_error(f"cannot write to {self.folder}", OSError):
                 row_bytes = self.file[row].nbytes  # of a row that belongs to the checkpoint
                 if self.journal.write(self.file[row]) < row_bytes:
                     raise OSError("the disk is full")
@@ -382,7 +387,9 @@ class ReplayBuffer:
         self.rows_written += 1
 
     def sample(self, batch_size: int) -> Batch:
-        """B transitions, uniformly; not of the newest row and the oldest, which may lack frames."""
+        """B transitions, uniformly; but not of the newest row and the three oldest, which may lack
+        frames.
+        """
         count = min(self.rows_written, self.num_rows) - STACK
         first = self.rows_written - 1 - count
         rows = envs = torch.empty(0, dtype=torch.int64)
@@ -390,6 +397,8 @@ class ReplayBuffer:
             new_rows = (first + torch.randint(count, (batch_size,))) % self.num_rows
             new_envs = torch.randint(self.num_envs, (batch_size,))
             whole = ~self.truncated[new_rows, new_envs]
+            if not whole.any() and self.truncated[: self.rows_written].all():
+                raise UsageError("every step was truncated: there is nothing to learn from")
             rows, envs = torch.cat([rows, new_rows[whole]]), torch.cat([envs, new_envs[whole]])
         rows, envs = rows[:batch_size], envs[:batch_size]
         steps_back = torch.arange(STACK - 1, -2, -1)  # 3, 2, 1, 0, and -1 for the next observation
@@ -404,7 +413,7 @@ class ReplayBuffer:
         for path in self.folder.glob("replay.journal-*"):  # all but that of the last checkpoint
             if path.name != f"replay.journal-{self.saved_rows}":
                 path.unlink()
-        with refusing(f"cannot write to {self.folder}", OSError):
+        with as_usage_error(f"cannot write to {self.folder}", OSError):
             self.file.flush()
             self.close()
             self.journal = open(self.folder / f"replay.journal-{self.rows_written}", "wb", 0)
@@ -449,7 +458,7 @@ def train(args: Args) -> "Result":
     parts = {"target_network": target_network, "optimizer": optimizer, "buffer": buffer}
     with Run(args, envs, q_network, **parts) as run:
         metrics = {}  # of the last gradient step
-        while run.goes_on():
+        while run.is_running():
             if args.anneal_lr:
                 remaining = 1 - envs.steps / args.total_timesteps
                 optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -496,10 +505,10 @@ def play(args: Args, q_network: QNetwork, obs: np.ndarray) -> np.ndarray:
 
 
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
-    """Plays args.eval_episodes whole episodes: their mean return and length.
+    """Plays args.eval_episodes whole episodes, the same ones each time: mean return and length.
 
-    It has environments of its own and leaves the random numbers of the training alone. The first
-    episode is drawn into the file `gif`, if there is one.
+    Uses its own environments, and leaves the random state of the training as it is. Records the
+    first episode to the file `gif`, if given.
     """
     num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
     quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
@@ -510,12 +519,12 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
         while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
             if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
                 frames.append(envs.render())
-                if len(frames) > MAX_FRAMES:  # from now on every fourth frame, every eighth ...
+                if len(frames) > MAX_FRAMES:  # faster from now on: every fourth frame, eighth ...
                     frames, stride = frames[::2], 2 * stride
             envs.step(play(args, network, envs.obs[which]), which)
     if gif is not None:
         images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
-        with refusing(f"cannot write {gif}", OSError):
+        with as_usage_error(f"cannot write {gif}", OSError):
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
@@ -524,11 +533,12 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
     return float(mean), float(lengths.mean())
 
 
-# ---- Plumbing: nothing of the algorithm from here on ---------------------------------------------
+# ---- Plumbing: environments, log, checkpoints, command line --------------------------------------
 
 MAX_EPISODE_STEPS = 10_000  # time limit where an environment has none
 MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
 TRAINING, EVALUATION = 0, 1  # streams of seeds
+TIME = "%Y%m%d-%H%M%S-%f"  # in the name of a run's folder
 RESEED_FREQUENCY = 100_000  # steps after which the next game of an environment begins from a seed
 
 
@@ -537,7 +547,7 @@ class UsageError(ValueError):
 
 
 @contextlib.contextmanager
-def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+def as_usage_error(what: str, *errors: type[Exception]) -> Iterator[None]:
     """Turns these errors into a UsageError."""
     try:
         yield
@@ -562,7 +572,7 @@ def check(args: "Args") -> None:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if type(value) not in (str, int, float, bool, type(None)):
             raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
-        with refusing(flag, UnicodeError):  # it is not UTF-8
+        with as_usage_error(flag, UnicodeError):  # it is not UTF-8
             str(value).encode()
         if hasattr(hint, "__metadata__"):
             kind, (low, high) = hint.__origin__, hint.__metadata__
@@ -578,13 +588,13 @@ def make_gym_env(args: Args, render_mode: str | None) -> gym.Env:
     os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
     errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
     what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
-    with refusing(what, gym.error.Error, ImportError, *errors):
+    with as_usage_error(what, gym.error.Error, ImportError, *errors):
         if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
             raise ImportError("this is no name")
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     if render_mode is not None:
-        with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+        with as_usage_error(f"--capture-video: {args.env_id} cannot be drawn", Exception):
             env.reset()
             if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
                 raise ValueError("it does not draw arrays (H, W, 3) of uint8")
@@ -775,9 +785,14 @@ class Run:
             torch.backends.cudnn.deterministic = True
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
-            with refusing("cannot write", OSError):  # or it is locked by another process
+            with as_usage_error("cannot write", OSError):  # or it is locked by another process
                 new = args.resume is None
-                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
+                if new:
+                    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():{TIME}}"
+                    self.folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+                    self.folder.mkdir(parents=True)
+                else:
+                    self.folder = checkpoint_path(args.resume).parent
                 stack.enter_context(FileLock(self.folder / "lock", blocking=False))
             for part in parts.values():
                 if hasattr(part, "open"):
@@ -785,14 +800,15 @@ class Run:
                     stack.callback(part.close)
             if args.resume is not None:
                 self.load()
-            if self.old_result() is not None:
+            self.old_result = self.find_result()
+            if self.old_result is not None:
                 self.stack = stack.pop_all()
                 return
             envs.reset()
-            self.first_step, self.start = envs.steps, time.perf_counter()
+            self.start = time.perf_counter() - self.seconds
             rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
             table = "\n".join(f"|{name}|{value}|" for name, value in rows)
-            with refusing("cannot write the log", OSError):
+            with as_usage_error("cannot write the log", OSError):
                 self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
                 stack.callback(self.close_log)
                 self.writer.add_text("hyperparameters", table, envs.steps)
@@ -820,29 +836,29 @@ class Run:
                            f"step {self.saved_step}:\n{command}")  # fmt: skip
 
     def interrupt(self, *_: object) -> None:
-        """Ctrl-C ends after this round; a second one at once."""
+        """Ctrl-C ends after this iteration; a second one at once."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def goes_on(self) -> bool:
-        """Whether there are steps left."""
+    def is_running(self) -> bool:
+        """Whether there are steps left. After Ctrl-C, saves and stops."""
         if self.interrupted:
             self.save()
             raise KeyboardInterrupt
-        self.round_start = self.envs.steps
+        self.iteration_start = self.envs.steps
         return self.envs.steps < self.args.total_timesteps
 
     def is_due(self, frequency: int) -> bool:
-        """Whether this round passed a multiple of `frequency`. `finish` cares for the end."""
-        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        """Whether this iteration passed a multiple of `frequency`; not at the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.iteration_start // frequency
         return passed and self.envs.steps < self.args.total_timesteps
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Writes metrics and finished episodes, and stops at NaN."""
         if metrics:
-            speed = (self.envs.steps - self.first_step) / (time.perf_counter() - self.start)
+            speed = self.envs.steps / (time.perf_counter() - self.start)
             metrics = metrics | {"charts/SPS": speed}
-        with refusing("cannot write the log", OSError):
+        with as_usage_error("cannot write the log", OSError):
             for step, episodic_return, length in self.envs.finished:
                 self.writer.add_scalar("charts/episodic_return", episodic_return, step)
                 self.writer.add_scalar("charts/episodic_length", length, step)
@@ -860,9 +876,9 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint, which changes nothing in the run."""
         self.log({})
-        with refusing("cannot write the log", OSError):
+        with as_usage_error("cannot write the log", OSError):
             self.writer.flush()
-        seconds = self.seconds + time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
         state = {"seconds": seconds, "random_state": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
@@ -871,7 +887,7 @@ class Run:
     def load(self) -> None:
         """Reads the checkpoint, but not the settings of optimizers: they may be new."""
         state = read_checkpoint(self.args.resume)
-        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+        with as_usage_error(f"the checkpoint in {self.args.resume} does not fit", Exception):
             self.seconds = float(state["seconds"])
             torch.set_rng_state(state["random_state"])
             for name, part in self.parts.items():
@@ -879,19 +895,22 @@ class Run:
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
         self.saved_step = self.envs.steps
+        (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
         if (self.folder / "best.pt").exists():
             self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
 
     def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
         """Evaluates, and keeps the best network in best.pt."""
+        begun = time.perf_counter()
         mean, length = evaluate(self.args, self.network, gif)
+        self.start += time.perf_counter() - begun  # no time of training
         self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
         if mean > self.best_return:
             self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
             write_checkpoint(self.folder / "best.pt", self.args, state)
         return mean, length
 
-    def old_result(self) -> Result | None:
+    def find_result(self) -> Result | None:
         """The result, if the run ended before it was resumed."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             result = Result(**json.loads((self.folder / "result.json").read_text()))
@@ -901,21 +920,21 @@ class Run:
 
     def finish(self) -> Result:
         """Saves, evaluates, writes the result."""
-        if (old := self.old_result()) is not None:
+        if self.old_result is not None:
             print("This run has ended. To train it further, give a larger --total-timesteps.")
-            return old
+            return self.old_result
         if self.envs.steps > self.saved_step:
             self.save()
-        seconds = self.seconds + time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
         mean, length = self.evaluate(gif)
-        # exp_name and return are the first columns of HPARAMS.
-        row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
-        row = {name: value for name, value in row.items() if value is not None}
+        # Capitals come first in HPARAMS.
+        given = {name: value for name, value in asdict(self.args).items() if value is not None}
+        row = {"Return": mean, "Script": self.args.exp_name} | given
         summaries = list(hparams(row, {"eval/episodic_return": mean}))
         result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
-        with refusing("cannot write the result", OSError):
+        with as_usage_error("cannot write the result", OSError):
             if gif is not None:  # add_image would show a still picture
                 image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
                 summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
@@ -931,23 +950,16 @@ class Run:
             self.writer.close()
 
 
-def make_folder(args: Args) -> Path:
-    """A new folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def write_checkpoint(path: Path, args: Args, state: dict) -> None:
     """Writes a new file and renames it, so that one is always whole."""
     new = path.with_suffix(".tmp")
     state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
     try:
-        with refusing(f"cannot write {path}", OSError, RuntimeError), open(new, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with as_usage_error(f"cannot write {path}", OSError, RuntimeError):
+            with open(new, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
@@ -964,7 +976,7 @@ def checkpoint_path(path: str | Path) -> Path:
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of this script, unchanged since it was written."""
     path = checkpoint_path(path)
-    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):
+    with as_usage_error(f"{path} is no checkpoint of {SCRIPT}.py", Exception):
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
@@ -979,7 +991,7 @@ def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs
     args = args or state["args"]
     with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
         network = make_network(args, envs)
-    with refusing(f"{path} does not fit {args.env_id}", Exception):
+    with as_usage_error(f"{path} does not fit {args.env_id}", Exception):
         network.load_state_dict(state["network"])
     return args, envs, network.to(args.device)
 
@@ -1017,10 +1029,11 @@ def parse_args() -> Args:
     doc = __doc__ or SCRIPT  # none with python -OO
     about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
     parsed = tyro.cli(command, args=words, description="\n\n".join(about))
-    with refusing("arguments", ValueError, RuntimeError, AssertionError):
+    with as_usage_error("arguments", ValueError):
         args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+    with as_usage_error(f"--device {args.device}", RuntimeError, AssertionError):
         torch.zeros(1, device=args.device).cpu()  # is it there?
-        return args
+    return args
 
 
 def main() -> None:

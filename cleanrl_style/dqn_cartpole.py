@@ -16,10 +16,10 @@ Idea     Learn Q(s, a), the expected discounted return of action a in state s if
 
          Transitions are drawn at random from a replay buffer, as consecutive ones are correlated.
          Q_target is an older copy of the network, so that the target does not move with every
-         step. An action is random with probability epsilon, which decays.
+         step. While training, an action is random with probability epsilon, which decays.
 Differs  Adam instead of RMSProp, with a learning rate that falls linearly to 0; the squared error
-         is not clipped; epsilon decays from the first step on. N environments are stepped side by
-         side. y bootstraps where a time limit truncates an episode.
+         is not clipped; epsilon decays from the first step on. N environments are stepped in
+         parallel. At a time limit, y counts the rewards that would have followed (it bootstraps).
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K actions.
 Run      python dqn_cartpole.py
          python dqn_cartpole.py --env-id MountainCar-v0 --total-timesteps 200000 --num-envs 1 \
@@ -30,9 +30,9 @@ Run      python dqn_cartpole.py
              --buffer-size 50000 --target-network-frequency 250 --batch-size 128 --end-e 0.1 \
              --exploration-fraction 0.12 --train-frequency 4 --gradient-steps 4 --hidden-size 256
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and wall time on one core of an AMD EPYC beside other work, start-up and
+         seed), and median wall time on one core of an AMD EPYC beside other work, start-up and
          evaluation included. The flags of the last two are nearly those of RL Zoo:
-             CartPole-v1     488.6 (386.4 to 500.0)    100k steps    60 s   nine of ten reach 500
+             CartPole-v1     500.0 (500.0 to 500.0)    100k steps    64 s
              MountainCar-v0  -113.0 (-200.0 to -98.5)  200k steps   189 s   one of ten fails
              Acrobot-v1      -76.3 (-79.5 to -73.4)    100k steps   370 s
 """
@@ -72,38 +72,38 @@ from tqdm import tqdm
 SCRIPT = "dqn_cartpole"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
 
-# Types of arguments, with the least and the largest value allowed.
+# Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
-Frequency = Annotated[int, 0, 10**12]  # steps from one time to the next; 0: never
-Size = Annotated[int, 1, 10**9]
+Frequency = Annotated[int, 0, 10**12]  # interval in steps; 0: never
+Size = Annotated[int, 1, 10**8]
 Count = Annotated[int, 1, 10**6]
-Few = Annotated[int, 1, 4096]
-Share = Annotated[float, 0, 1]
+SmallCount = Annotated[int, 1, 4096]
+Fraction = Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-30, 1e30]
 
 
 @dataclass(frozen=True)
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium environment, or my_module:MyEnv-v0
-    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"is_slippery": false}'
-    seed: Annotated[int, 0, 2**63 - 1] = 1  # of everything random in the run
+    env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
     total_timesteps: Steps = 100_000  # environment steps to train for, at least
-    num_envs: Few = 4  # environments stepped side by side (N)
+    num_envs: SmallCount = 4  # parallel environments (N)
 
     learning_rate: Positive = 2.5e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     buffer_size: Size = 100_000  # transitions in the replay buffer
-    gamma: Share = 0.99  # discount factor
-    tau: Share = 1.0  # share of the Q-network in an update of the target network; 1: a copy
-    target_network_frequency: Steps = 500  # steps between updates of the target network
-    batch_size: Count = 64  # transitions in one gradient step (B)
-    start_e: Share = 1.0  # epsilon, the probability of a random action, at the start
-    end_e: Share = 0.05  # epsilon after its decay
-    exploration_fraction: Share = 0.2  # share of total-timesteps in which epsilon decays
-    learning_starts: Steps = 1_000  # steps before the first gradient step
-    train_frequency: Steps = 2  # steps between gradient steps
-    gradient_steps: Count = 1  # gradient steps each time
-    hidden_size: Few = 64  # units in each of the two hidden layers
+    gamma: Fraction = 0.99  # discount factor
+    tau: Fraction = 1.0  # step of the target network towards the Q-network; 1: a copy
+    target_network_frequency: Steps = 500  # environment steps between updates of it
+    batch_size: Count = 64  # transitions in a minibatch (B)
+    start_e: Fraction = 1.0  # epsilon, the probability of a random action, at the start
+    end_e: Fraction = 0.05  # epsilon after its decay
+    exploration_fraction: Fraction = 0.2  # fraction of total-timesteps over which epsilon decays
+    learning_starts: Steps = 1_000  # environment steps before the first update
+    train_frequency: Steps = 2  # environment steps between updates
+    gradient_steps: Count = 1  # gradient steps in an update
+    hidden_size: SmallCount = 64  # units in each of the two hidden layers
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
@@ -112,8 +112,8 @@ class Args:
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
     eval_episodes: Count = 100  # episodes of one evaluation
-    capture_video: bool = False  # draw the first episode of the last evaluation, as episode.gif
-    resume: str | None = None  # folder of a run to go on with; other flags replace that run's
+    capture_video: bool = False  # record the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to resume; other flags replace the saved ones
     evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
 
     def __post_init__(self) -> None:
@@ -195,7 +195,7 @@ class Batch(NamedTuple):
     actions: Tensor  # action, (B,)
     rewards: Tensor  # reward, (B,)
     next_obs: Tensor  # next observation; at the end of an episode its last one, (B, O)
-    terminated: Tensor  # whether the episode is over; False at a time limit, (B,)
+    terminated: Tensor  # whether the episode terminated; False if truncated, (B,)
 
 
 def update(
@@ -218,10 +218,10 @@ def update(
 
 
 class ReplayBuffer:
-    """The last `size` transitions, in a ring: the newest one takes the place of the oldest."""
+    """The last `size` transitions, in a ring: the newest one replaces the oldest."""
 
     def __init__(self, size: int, obs_size: int) -> None:
-        with refusing(f"--buffer-size {size} does not fit into memory", RuntimeError):
+        with as_usage_error(f"--buffer-size {size} does not fit into memory", RuntimeError):
             self.rows = Batch(
                 obs=torch.zeros(size, obs_size), actions=torch.zeros(size, dtype=torch.int64),
                 rewards=torch.zeros(size), next_obs=torch.zeros(size, obs_size),
@@ -269,7 +269,7 @@ def train(args: Args) -> "Result":
     parts = {"target_network": target_network, "optimizer": optimizer, "buffer": buffer}
     with Run(args, envs, q_network, **parts) as run:
         metrics = {}  # of the last gradient step
-        while run.goes_on():
+        while run.is_running():
             if args.anneal_lr:
                 remaining = 1 - envs.steps / args.total_timesteps
                 optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -310,10 +310,10 @@ def play(args: Args, q_network: QNetwork, obs: np.ndarray) -> np.ndarray:
 
 
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
-    """Plays args.eval_episodes whole episodes: their mean return and length.
+    """Plays args.eval_episodes whole episodes, the same ones each time: mean return and length.
 
-    It has environments of its own and leaves the random numbers of the training alone. The first
-    episode is drawn into the file `gif`, if there is one.
+    Uses its own environments, and leaves the random state of the training as it is. Records the
+    first episode to the file `gif`, if given.
     """
     num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
     quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
@@ -324,12 +324,12 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
         while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
             if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
                 frames.append(envs.render())
-                if len(frames) > MAX_FRAMES:  # from now on every fourth frame, every eighth ...
+                if len(frames) > MAX_FRAMES:  # faster from now on: every fourth frame, eighth ...
                     frames, stride = frames[::2], 2 * stride
             envs.step(play(args, network, envs.obs[which]), which)
     if gif is not None:
         images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
-        with refusing(f"cannot write {gif}", OSError):
+        with as_usage_error(f"cannot write {gif}", OSError):
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
@@ -338,11 +338,12 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
     return float(mean), float(lengths.mean())
 
 
-# ---- Plumbing: nothing of the algorithm from here on ---------------------------------------------
+# ---- Plumbing: environments, log, checkpoints, command line --------------------------------------
 
 MAX_EPISODE_STEPS = 10_000  # time limit where an environment has none
 MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
 TRAINING, EVALUATION = 0, 1  # streams of seeds
+TIME = "%Y%m%d-%H%M%S-%f"  # in the name of a run's folder
 
 
 class UsageError(ValueError):
@@ -350,7 +351,7 @@ class UsageError(ValueError):
 
 
 @contextlib.contextmanager
-def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+def as_usage_error(what: str, *errors: type[Exception]) -> Iterator[None]:
     """Turns these errors into a UsageError."""
     try:
         yield
@@ -375,7 +376,7 @@ def check(args: "Args") -> None:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if type(value) not in (str, int, float, bool, type(None)):
             raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
-        with refusing(flag, UnicodeError):  # it is not UTF-8
+        with as_usage_error(flag, UnicodeError):  # it is not UTF-8
             str(value).encode()
         if hasattr(hint, "__metadata__"):
             kind, (low, high) = hint.__origin__, hint.__metadata__
@@ -391,13 +392,13 @@ def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
     os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
     errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
     what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
-    with refusing(what, gym.error.Error, ImportError, *errors):
+    with as_usage_error(what, gym.error.Error, ImportError, *errors):
         if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
             raise ImportError("this is no name")
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     if render_mode is not None:
-        with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+        with as_usage_error(f"--capture-video: {args.env_id} cannot be drawn", Exception):
             env.reset()
             if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
                 raise ValueError("it does not draw arrays (H, W, 3) of uint8")
@@ -512,9 +513,14 @@ class Run:
             torch.backends.cudnn.deterministic = True
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
-            with refusing("cannot write", OSError):  # or it is locked by another process
+            with as_usage_error("cannot write", OSError):  # or it is locked by another process
                 new = args.resume is None
-                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
+                if new:
+                    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():{TIME}}"
+                    self.folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+                    self.folder.mkdir(parents=True)
+                else:
+                    self.folder = checkpoint_path(args.resume).parent
                 stack.enter_context(FileLock(self.folder / "lock", blocking=False))
             for part in parts.values():
                 if hasattr(part, "open"):
@@ -522,14 +528,15 @@ class Run:
                     stack.callback(part.close)
             if args.resume is not None:
                 self.load()
-            if self.old_result() is not None:
+            self.old_result = self.find_result()
+            if self.old_result is not None:
                 self.stack = stack.pop_all()
                 return
             envs.reset()
-            self.first_step, self.start = envs.steps, time.perf_counter()
+            self.start = time.perf_counter() - self.seconds
             rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
             table = "\n".join(f"|{name}|{value}|" for name, value in rows)
-            with refusing("cannot write the log", OSError):
+            with as_usage_error("cannot write the log", OSError):
                 self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
                 stack.callback(self.close_log)
                 self.writer.add_text("hyperparameters", table, envs.steps)
@@ -557,29 +564,29 @@ class Run:
                            f"step {self.saved_step}:\n{command}")  # fmt: skip
 
     def interrupt(self, *_: object) -> None:
-        """Ctrl-C ends after this round; a second one at once."""
+        """Ctrl-C ends after this iteration; a second one at once."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def goes_on(self) -> bool:
-        """Whether there are steps left."""
+    def is_running(self) -> bool:
+        """Whether there are steps left. After Ctrl-C, saves and stops."""
         if self.interrupted:
             self.save()
             raise KeyboardInterrupt
-        self.round_start = self.envs.steps
+        self.iteration_start = self.envs.steps
         return self.envs.steps < self.args.total_timesteps
 
     def is_due(self, frequency: int) -> bool:
-        """Whether this round passed a multiple of `frequency`. `finish` cares for the end."""
-        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        """Whether this iteration passed a multiple of `frequency`; not at the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.iteration_start // frequency
         return passed and self.envs.steps < self.args.total_timesteps
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Writes metrics and finished episodes, and stops at NaN."""
         if metrics:
-            speed = (self.envs.steps - self.first_step) / (time.perf_counter() - self.start)
+            speed = self.envs.steps / (time.perf_counter() - self.start)
             metrics = metrics | {"charts/SPS": speed}
-        with refusing("cannot write the log", OSError):
+        with as_usage_error("cannot write the log", OSError):
             for step, episodic_return, length in self.envs.finished:
                 self.writer.add_scalar("charts/episodic_return", episodic_return, step)
                 self.writer.add_scalar("charts/episodic_length", length, step)
@@ -597,9 +604,9 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint, which changes nothing in the run."""
         self.log({})
-        with refusing("cannot write the log", OSError):
+        with as_usage_error("cannot write the log", OSError):
             self.writer.flush()
-        seconds = self.seconds + time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
         state = {"seconds": seconds, "random_state": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
@@ -608,7 +615,7 @@ class Run:
     def load(self) -> None:
         """Reads the checkpoint, but not the settings of optimizers: they may be new."""
         state = read_checkpoint(self.args.resume)
-        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+        with as_usage_error(f"the checkpoint in {self.args.resume} does not fit", Exception):
             self.seconds = float(state["seconds"])
             torch.set_rng_state(state["random_state"])
             for name, part in self.parts.items():
@@ -616,19 +623,22 @@ class Run:
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
         self.saved_step = self.envs.steps
+        (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
         if (self.folder / "best.pt").exists():
             self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
 
     def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
         """Evaluates, and keeps the best network in best.pt."""
+        begun = time.perf_counter()
         mean, length = evaluate(self.args, self.network, gif)
+        self.start += time.perf_counter() - begun  # no time of training
         self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
         if mean > self.best_return:
             self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
             write_checkpoint(self.folder / "best.pt", self.args, state)
         return mean, length
 
-    def old_result(self) -> Result | None:
+    def find_result(self) -> Result | None:
         """The result, if the run ended before it was resumed."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             result = Result(**json.loads((self.folder / "result.json").read_text()))
@@ -638,21 +648,21 @@ class Run:
 
     def finish(self) -> Result:
         """Saves, evaluates, writes the result."""
-        if (old := self.old_result()) is not None:
+        if self.old_result is not None:
             print("This run has ended. To train it further, give a larger --total-timesteps.")
-            return old
+            return self.old_result
         if self.envs.steps > self.saved_step:
             self.save()
-        seconds = self.seconds + time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
         mean, length = self.evaluate(gif)
-        # exp_name and return are the first columns of HPARAMS.
-        row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
-        row = {name: value for name, value in row.items() if value is not None}
+        # Capitals come first in HPARAMS.
+        given = {name: value for name, value in asdict(self.args).items() if value is not None}
+        row = {"Return": mean, "Script": self.args.exp_name} | given
         summaries = list(hparams(row, {"eval/episodic_return": mean}))
         result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
-        with refusing("cannot write the result", OSError):
+        with as_usage_error("cannot write the result", OSError):
             if gif is not None:  # add_image would show a still picture
                 image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
                 summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
@@ -668,23 +678,16 @@ class Run:
             self.writer.close()
 
 
-def make_folder(args: Args) -> Path:
-    """A new folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def write_checkpoint(path: Path, args: Args, state: dict) -> None:
     """Writes a new file and renames it, so that one is always whole."""
     new = path.with_suffix(".tmp")
     state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
     try:
-        with refusing(f"cannot write {path}", OSError, RuntimeError), open(new, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with as_usage_error(f"cannot write {path}", OSError, RuntimeError):
+            with open(new, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
@@ -701,7 +704,7 @@ def checkpoint_path(path: str | Path) -> Path:
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of this script, unchanged since it was written."""
     path = checkpoint_path(path)
-    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):
+    with as_usage_error(f"{path} is no checkpoint of {SCRIPT}.py", Exception):
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
@@ -716,7 +719,7 @@ def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs
     args = args or state["args"]
     with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
         network = make_network(args, envs)
-    with refusing(f"{path} does not fit {args.env_id}", Exception):
+    with as_usage_error(f"{path} does not fit {args.env_id}", Exception):
         network.load_state_dict(state["network"])
     return args, envs, network.to(args.device)
 
@@ -754,10 +757,11 @@ def parse_args() -> Args:
     doc = __doc__ or SCRIPT  # none with python -OO
     about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
     parsed = tyro.cli(command, args=words, description="\n\n".join(about))
-    with refusing("arguments", ValueError, RuntimeError, AssertionError):
+    with as_usage_error("arguments", ValueError):
         args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+    with as_usage_error(f"--device {args.device}", RuntimeError, AssertionError):
         torch.zeros(1, device=args.device).cpu()  # is it there?
-        return args
+    return args
 
 
 def main() -> None:

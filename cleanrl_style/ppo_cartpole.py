@@ -11,12 +11,13 @@ Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equa
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
          estimation", equation 16. What goes beyond them is described in Huang et al. (2022), "The
          37 implementation details of proximal policy optimization".
-Idea     Play T steps in N environments with the policy pi, and estimate the advantage A of each
-         action: how much better it turned out than the value V(s) had predicted. Make actions of
-         positive advantage more likely and the others less, in several epochs over the same
-         steps. They were sampled from pi_old, the policy before these epochs, and say little about
-         a policy far away from it. So the loss is clipped: nothing is gained by moving the
-         probability ratio further than epsilon from 1.
+Idea     Play T steps in N environments with the policy pi(a|s), the probability of action a in
+         state s. Estimate the advantage A of each action: how much better it turned out than
+         V(s), the predicted discounted return from s on. Make actions of positive advantage more
+         likely and the others less, in several epochs over the same steps. They were sampled from
+         pi_old, the policy before these epochs, and tell little about a policy far from it. So
+         the loss is clipped: nothing is gained by moving the probability ratio further than
+         epsilon from 1. V_old is V before the epochs.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        TD error
              A_t     = delta_t + gamma * lambda * A_{t+1}       advantage
@@ -24,9 +25,10 @@ Idea     Play T steps in N environments with the policy pi, and estimate the adv
              loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
                        + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
 
-Differs  V bootstraps where a time limit truncates an episode. Advantages are normalised in each
+Differs  At a time limit, V(s_{t+1}) stands for the rewards that would have followed (it
+         bootstraps); at a true end, it counts as 0. Advantages are normalised in each
          minibatch, gradients are clipped, and the learning rate falls linearly to 0. Observations
-         and rewards can be normalised, which MountainCar needs.
+         can be normalised and rewards be scaled, which MountainCar needs.
 Shapes   T steps of N environments in a rollout, B of them in a minibatch; O numbers of an
          observation; K actions. Row t is the step from t to t+1.
 Run      python ppo_cartpole.py
@@ -35,10 +37,11 @@ Run      python ppo_cartpole.py
              --gae-lambda 0.98 --norm-obs --norm-reward
          The same with --env-id Acrobot-v1
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and wall time on one core of an AMD EPYC, start-up and evaluation included:
-             CartPole-v1     500.0 (500.0 to 500.0)    100k steps   22 s
-             MountainCar-v0  -106.3 (-109.6 to -103.2) 300k steps   27 s
-             Acrobot-v1      -81.1 (-88.3 to -73.4)    300k steps   35 s
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
+         had other work, too:
+             CartPole-v1     500.0 (500.0 to 500.0)     100k steps   40 s
+             MountainCar-v0  -109.4 (-125.8 to -103.9)  300k steps   38 s
+             Acrobot-v1      -79.0 (-82.3 to -73.8)     300k steps   61 s
 """
 
 import contextlib
@@ -74,12 +77,12 @@ from tqdm import tqdm
 
 SCRIPT = "ppo_cartpole"  # named in checkpoints and messages
 
-# Types of arguments, with the least and the largest value allowed.
+# Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
-Frequency = Annotated[int, 0, 10**12]  # steps from one time to the next; 0: never
+Frequency = Annotated[int, 0, 10**12]  # interval in steps; 0: never
 Count = Annotated[int, 1, 10**6]
-Few = Annotated[int, 1, 4096]
-Share = Annotated[float, 0, 1]
+SmallCount = Annotated[int, 1, 4096]
+Fraction = Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-30, 1e30]
 Weight = Annotated[float, 0, 1e30]
 
@@ -87,23 +90,23 @@ Weight = Annotated[float, 0, 1e30]
 @dataclass(frozen=True)
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium environment, or my_module:MyEnv-v0
-    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"is_slippery": false}'
-    seed: Annotated[int, 0, 2**63 - 1] = 1  # of everything random in the run
+    env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
     total_timesteps: Steps = 100_000  # environment steps to train for, at least
-    num_envs: Few = 8  # environments stepped side by side (N)
+    num_envs: SmallCount = 8  # parallel environments (N)
 
     learning_rate: Positive = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     num_steps: Count = 32  # steps of each environment in a rollout (T)
-    gamma: Share = 0.98  # discount factor
-    gae_lambda: Share = 0.8  # from 0, the one-step advantage, to 1, the Monte Carlo one (lambda)
-    num_minibatches: Count = 1  # minibatches of a rollout, each for one gradient step
+    gamma: Fraction = 0.98  # discount factor
+    gae_lambda: Fraction = 0.8  # lambda of GAE; 0: one-step TD error, 1: Monte Carlo return
+    num_minibatches: Count = 1  # minibatches in an epoch, with one gradient step each
     update_epochs: Count = 20  # epochs over a rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    clip_coef: Positive = 0.2  # distance of the ratio from 1 at which it is clipped (epsilon)
+    clip_coef: Positive = 0.2  # clip range of the probability ratio (epsilon)
     ent_coef: Weight = 0.0  # weight of the entropy in the loss
     vf_coef: Weight = 0.5  # weight of the value loss in the loss
-    max_grad_norm: Weight = 0.5  # gradients are clipped to this norm; 0: they are not
+    max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = False  # divide rewards by the running standard deviation of returns
 
@@ -114,14 +117,14 @@ class Args:
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
     eval_episodes: Count = 100  # episodes of one evaluation
-    capture_video: bool = False  # draw the first episode of the last evaluation, as episode.gif
-    resume: str | None = None  # folder of a run to go on with; other flags replace that run's
+    capture_video: bool = False  # record the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to resume; other flags replace the saved ones
     evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
 
     def __post_init__(self) -> None:
         check(self)
-        if self.num_steps * self.num_envs < 2 * self.num_minibatches:  # one has no deviation
-            raise ValueError("--num-minibatches leaves fewer than 2 steps for a minibatch")
+        if self.num_steps * self.num_envs < 2 * self.num_minibatches:
+            raise ValueError("--num-minibatches leaves fewer than 2 steps in a minibatch")
 
 
 # ---- Environment and network ---------------------------------------------------------------------
@@ -133,47 +136,6 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     if not isinstance(env.action_space, gym.spaces.Discrete):
         raise UsageError(f"needs Discrete actions; {args.env_id} has {env.action_space}")
     return env
-
-
-class RunningStatistics(nn.Module):
-    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0.0))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
-        total = self.count + len(rows)
-        difference = rows.mean(0) - self.mean
-        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
-        self.mean += difference * len(rows) / total
-        self.count.copy_(total)
-
-
-class RewardScaler(nn.Module):
-    """Divides rewards by the running standard deviation of their discounted sums so far.
-
-    Rewards are not shifted: this would change which policy is best.
-    """
-
-    def __init__(self, num_envs: int, gamma: float) -> None:
-        super().__init__()
-        self.gamma, self.statistics = gamma, RunningStatistics(1)
-        self.register_buffer("sums", torch.zeros(num_envs))  # gamma * R_{t-1}; 0 at a start
-
-    def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:
-        """Rewards and ends of a rollout (T, N) -> rewards (T, N), scaled and clipped to 10."""
-        sums = torch.empty_like(rewards)
-        for t in range(len(rewards)):
-            sums[t] = rewards[t] + self.sums
-            self.sums.copy_(self.gamma * sums[t] * ~ended[t])
-        self.statistics.update(sums.reshape(-1, 1))
-        return (rewards / (self.statistics.variance + 1e-8).sqrt()).clamp(-10, 10)
 
 
 def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
@@ -225,7 +187,7 @@ def act(agent: Agent, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
     logits = agent.actor(agent.normalize(obs)).cpu()
     if greedy:
         return logits.argmax(-1).numpy()
-    with refusing("the policy diverged: try a lower --learning-rate", RuntimeError):
+    with as_usage_error("the policy diverged: try a lower --learning-rate", RuntimeError):
         return torch.multinomial(logits.softmax(-1), 1).squeeze(-1).numpy()
 
 
@@ -255,8 +217,8 @@ def gae(
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """-mean of min(ratio * A, clip(ratio) * A) (2017, equation 7): (B,), (B,) -> scalar.
 
-    The gradient is 0 where the ratio is clipped and has moved as A asks for. Where it has moved
-    the other way, the minimum is the unclipped term, and the gradient brings it back.
+    Outside the clip range, the gradient is 0 if the ratio moved the way that A favours. Otherwise
+    the minimum is the unclipped term, which pulls it back.
     """
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -torch.min(ratio * advantages, clipped * advantages).mean()
@@ -279,8 +241,8 @@ def make_batch(
 ) -> Batch:  # fmt: skip
     """Advantages of a rollout: obs, next_obs (T, N, O) and four of (T, N) -> T * N rows.
 
-    next_obs holds the last observation of an episode, not the first one of the next. The agent is
-    still the one of the rollout, so pi_old and V_old are computed here, in one pass.
+    Where an episode ends, next_obs is its last observation. The agent has not been updated since
+    the rollout, so pi_old and V_old can be computed here.
     """
     logits, values = agent(obs)
     _, next_values = agent(next_obs)
@@ -338,6 +300,50 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     return 1 - (returns - values).var() / (returns.var() + 1e-8)
 
 
+# ---- Normalisation -------------------------------------------------------------------------------
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
+        total = self.count + len(rows)
+        difference = rows.mean(0) - self.mean
+        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
+        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
+        self.mean += difference * len(rows) / total
+        self.count.copy_(total)
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the running standard deviation of R_t = r_t + gamma * R_{t-1}.
+
+    Rewards are not shifted: this would change which policy is best.
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__()
+        self.gamma, self.statistics = gamma, RunningStatistics(1)
+        self.register_buffer("sums", torch.zeros(num_envs))  # gamma * R_{t-1}, 0 at a start
+
+    def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:
+        """Rewards and ends of a rollout (T, N) -> rewards (T, N), scaled and clipped to 10."""
+        sums = torch.empty_like(rewards)
+        for t in range(len(rewards)):
+            sums[t] = rewards[t] + self.sums
+            self.sums.copy_(self.gamma * sums[t] * ~ended[t])
+        self.statistics.update(sums.reshape(-1, 1))
+        return (rewards / (self.statistics.variance + 1e-8).sqrt()).clamp(-10, 10)
+
+
 # ---- Training and evaluation ---------------------------------------------------------------------
 
 
@@ -355,7 +361,7 @@ def train(args: Args) -> "Result":
     actions, rewards = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.float32)
     terminated, truncated = np.zeros((2, *rows), dtype=bool)
     with Run(args, envs, agent, optimizer=optimizer, reward_scaler=reward_scaler) as run:
-        while run.goes_on():
+        while run.is_running():
             if args.anneal_lr:
                 remaining = 1 - envs.steps / args.total_timesteps
                 optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -372,10 +378,10 @@ def train(args: Args) -> "Result":
                 for column in (obs, actions, rewards, next_obs, terminated, truncated)
             ]
             if args.norm_reward:
-                rollout[2] = reward_scaler(rollout[2], rollout[4] | rollout[5])
+                rollout[2] = reward_scaler(rollout[2], rollout[4] | rollout[5])  # rewards, ends
             batch = make_batch(agent, *rollout, args)
             metrics = learn(agent, optimizer, batch, args)
-            if args.norm_obs:  # only now: pi and pi_old must see the same
+            if args.norm_obs:  # after the epochs: pi and pi_old share one normalisation
                 agent.obs_statistics.update(batch.obs)
 
             # Log, evaluate, save.
@@ -395,10 +401,10 @@ def play(args: Args, agent: Agent, obs: np.ndarray) -> np.ndarray:
 
 
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
-    """Plays args.eval_episodes whole episodes: their mean return and length.
+    """Plays args.eval_episodes whole episodes, the same ones each time: mean return and length.
 
-    It has environments of its own and leaves the random numbers of the training alone. The first
-    episode is drawn into the file `gif`, if there is one.
+    Uses its own environments, and leaves the random state of the training as it is. Records the
+    first episode to the file `gif`, if given.
     """
     num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
     quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
@@ -409,12 +415,12 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
         while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
             if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
                 frames.append(envs.render())
-                if len(frames) > MAX_FRAMES:  # from now on every fourth frame, every eighth ...
+                if len(frames) > MAX_FRAMES:  # faster from now on: every fourth frame, eighth ...
                     frames, stride = frames[::2], 2 * stride
             envs.step(play(args, network, envs.obs[which]), which)
     if gif is not None:
         images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
-        with refusing(f"cannot write {gif}", OSError):
+        with as_usage_error(f"cannot write {gif}", OSError):
             images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
@@ -423,11 +429,12 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
     return float(mean), float(lengths.mean())
 
 
-# ---- Plumbing: nothing of the algorithm from here on ---------------------------------------------
+# ---- Plumbing: environments, log, checkpoints, command line --------------------------------------
 
 MAX_EPISODE_STEPS = 10_000  # time limit where an environment has none
 MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
 TRAINING, EVALUATION = 0, 1  # streams of seeds
+TIME = "%Y%m%d-%H%M%S-%f"  # in the name of a run's folder
 
 
 class UsageError(ValueError):
@@ -435,7 +442,7 @@ class UsageError(ValueError):
 
 
 @contextlib.contextmanager
-def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+def as_usage_error(what: str, *errors: type[Exception]) -> Iterator[None]:
     """Turns these errors into a UsageError."""
     try:
         yield
@@ -460,7 +467,7 @@ def check(args: "Args") -> None:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if type(value) not in (str, int, float, bool, type(None)):
             raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
-        with refusing(flag, UnicodeError):  # it is not UTF-8
+        with as_usage_error(flag, UnicodeError):  # it is not UTF-8
             str(value).encode()
         if hasattr(hint, "__metadata__"):
             kind, (low, high) = hint.__origin__, hint.__metadata__
@@ -476,13 +483,13 @@ def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
     os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
     errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
     what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
-    with refusing(what, gym.error.Error, ImportError, *errors):
+    with as_usage_error(what, gym.error.Error, ImportError, *errors):
         if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
             raise ImportError("this is no name")
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     if render_mode is not None:
-        with refusing(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+        with as_usage_error(f"--capture-video: {args.env_id} cannot be drawn", Exception):
             env.reset()
             if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
                 raise ValueError("it does not draw arrays (H, W, 3) of uint8")
@@ -597,9 +604,14 @@ class Run:
             torch.backends.cudnn.deterministic = True
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
-            with refusing("cannot write", OSError):  # or it is locked by another process
+            with as_usage_error("cannot write", OSError):  # or it is locked by another process
                 new = args.resume is None
-                self.folder = make_folder(args) if new else checkpoint_path(args.resume).parent
+                if new:
+                    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():{TIME}}"
+                    self.folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+                    self.folder.mkdir(parents=True)
+                else:
+                    self.folder = checkpoint_path(args.resume).parent
                 stack.enter_context(FileLock(self.folder / "lock", blocking=False))
             for part in parts.values():
                 if hasattr(part, "open"):
@@ -607,14 +619,15 @@ class Run:
                     stack.callback(part.close)
             if args.resume is not None:
                 self.load()
-            if self.old_result() is not None:
+            self.old_result = self.find_result()
+            if self.old_result is not None:
                 self.stack = stack.pop_all()
                 return
             envs.reset()
-            self.first_step, self.start = envs.steps, time.perf_counter()
+            self.start = time.perf_counter() - self.seconds
             rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
             table = "\n".join(f"|{name}|{value}|" for name, value in rows)
-            with refusing("cannot write the log", OSError):
+            with as_usage_error("cannot write the log", OSError):
                 self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
                 stack.callback(self.close_log)
                 self.writer.add_text("hyperparameters", table, envs.steps)
@@ -642,29 +655,29 @@ class Run:
                            f"step {self.saved_step}:\n{command}")  # fmt: skip
 
     def interrupt(self, *_: object) -> None:
-        """Ctrl-C ends after this round; a second one at once."""
+        """Ctrl-C ends after this iteration; a second one at once."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def goes_on(self) -> bool:
-        """Whether there are steps left."""
+    def is_running(self) -> bool:
+        """Whether there are steps left. After Ctrl-C, saves and stops."""
         if self.interrupted:
             self.save()
             raise KeyboardInterrupt
-        self.round_start = self.envs.steps
+        self.iteration_start = self.envs.steps
         return self.envs.steps < self.args.total_timesteps
 
     def is_due(self, frequency: int) -> bool:
-        """Whether this round passed a multiple of `frequency`. `finish` cares for the end."""
-        passed = frequency > 0 and self.envs.steps // frequency > self.round_start // frequency
+        """Whether this iteration passed a multiple of `frequency`; not at the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.iteration_start // frequency
         return passed and self.envs.steps < self.args.total_timesteps
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Writes metrics and finished episodes, and stops at NaN."""
         if metrics:
-            speed = (self.envs.steps - self.first_step) / (time.perf_counter() - self.start)
+            speed = self.envs.steps / (time.perf_counter() - self.start)
             metrics = metrics | {"charts/SPS": speed}
-        with refusing("cannot write the log", OSError):
+        with as_usage_error("cannot write the log", OSError):
             for step, episodic_return, length in self.envs.finished:
                 self.writer.add_scalar("charts/episodic_return", episodic_return, step)
                 self.writer.add_scalar("charts/episodic_length", length, step)
@@ -682,9 +695,9 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint, which changes nothing in the run."""
         self.log({})
-        with refusing("cannot write the log", OSError):
+        with as_usage_error("cannot write the log", OSError):
             self.writer.flush()
-        seconds = self.seconds + time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
         state = {"seconds": seconds, "random_state": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
@@ -693,7 +706,7 @@ class Run:
     def load(self) -> None:
         """Reads the checkpoint, but not the settings of optimizers: they may be new."""
         state = read_checkpoint(self.args.resume)
-        with refusing(f"the checkpoint in {self.args.resume} does not fit", Exception):
+        with as_usage_error(f"the checkpoint in {self.args.resume} does not fit", Exception):
             self.seconds = float(state["seconds"])
             torch.set_rng_state(state["random_state"])
             for name, part in self.parts.items():
@@ -701,19 +714,22 @@ class Run:
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
         self.saved_step = self.envs.steps
+        (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
         if (self.folder / "best.pt").exists():
             self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
 
     def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
         """Evaluates, and keeps the best network in best.pt."""
+        begun = time.perf_counter()
         mean, length = evaluate(self.args, self.network, gif)
+        self.start += time.perf_counter() - begun  # no time of training
         self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
         if mean > self.best_return:
             self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
             write_checkpoint(self.folder / "best.pt", self.args, state)
         return mean, length
 
-    def old_result(self) -> Result | None:
+    def find_result(self) -> Result | None:
         """The result, if the run ended before it was resumed."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             result = Result(**json.loads((self.folder / "result.json").read_text()))
@@ -723,21 +739,21 @@ class Run:
 
     def finish(self) -> Result:
         """Saves, evaluates, writes the result."""
-        if (old := self.old_result()) is not None:
+        if self.old_result is not None:
             print("This run has ended. To train it further, give a larger --total-timesteps.")
-            return old
+            return self.old_result
         if self.envs.steps > self.saved_step:
             self.save()
-        seconds = self.seconds + time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
         self.envs.close()
         gif = self.folder / "episode.gif" if self.args.capture_video else None
         mean, length = self.evaluate(gif)
-        # exp_name and return are the first columns of HPARAMS.
-        row = {"exp_name": self.args.exp_name, "return": mean} | asdict(self.args)
-        row = {name: value for name, value in row.items() if value is not None}
+        # Capitals come first in HPARAMS.
+        given = {name: value for name, value in asdict(self.args).items() if value is not None}
+        row = {"Return": mean, "Script": self.args.exp_name} | given
         summaries = list(hparams(row, {"eval/episodic_return": mean}))
         result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
-        with refusing("cannot write the result", OSError):
+        with as_usage_error("cannot write the result", OSError):
             if gif is not None:  # add_image would show a still picture
                 image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
                 summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
@@ -753,23 +769,16 @@ class Run:
             self.writer.close()
 
 
-def make_folder(args: Args) -> Path:
-    """A new folder <runs-dir>/<env-id>__<exp-name>__<seed>__<time>."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def write_checkpoint(path: Path, args: Args, state: dict) -> None:
     """Writes a new file and renames it, so that one is always whole."""
     new = path.with_suffix(".tmp")
     state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
     try:
-        with refusing(f"cannot write {path}", OSError, RuntimeError), open(new, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with as_usage_error(f"cannot write {path}", OSError, RuntimeError):
+            with open(new, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
@@ -786,7 +795,7 @@ def checkpoint_path(path: str | Path) -> Path:
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of this script, unchanged since it was written."""
     path = checkpoint_path(path)
-    with refusing(f"{path} is no checkpoint of {SCRIPT}.py", Exception):
+    with as_usage_error(f"{path} is no checkpoint of {SCRIPT}.py", Exception):
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
@@ -801,7 +810,7 @@ def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs
     args = args or state["args"]
     with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
         network = make_network(args, envs)
-    with refusing(f"{path} does not fit {args.env_id}", Exception):
+    with as_usage_error(f"{path} does not fit {args.env_id}", Exception):
         network.load_state_dict(state["network"])
     return args, envs, network.to(args.device)
 
@@ -839,10 +848,11 @@ def parse_args() -> Args:
     doc = __doc__ or SCRIPT  # none with python -OO
     about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
     parsed = tyro.cli(command, args=words, description="\n\n".join(about))
-    with refusing("arguments", ValueError, RuntimeError, AssertionError):
+    with as_usage_error("arguments", ValueError):
         args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+    with as_usage_error(f"--device {args.device}", RuntimeError, AssertionError):
         torch.zeros(1, device=args.device).cpu()  # is it there?
-        return args
+    return args
 
 
 def main() -> None:

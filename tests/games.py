@@ -41,7 +41,7 @@ class Diary(gym.Env):
 
     Games have 1 to 8 steps. Odd lengths terminate, even ones are truncated, 3 steps do both. Seed
     and actions determine all frames. Observations are in one array, which is used again and again.
-    With `arrays`, the reward and the ends are arrays of one number. With `length`, all games have it.
+    With `arrays`, the reward and the ends are arrays of one number. `length` is that of all games.
     """
 
     observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)

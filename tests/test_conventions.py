@@ -24,7 +24,7 @@ TAGS = {
     "charts/episodic_return",  # of each finished episode: sum of the environment's own rewards
     "charts/episodic_length",  # in steps
     "charts/learning_rate",
-    "charts/SPS",  # environment steps per second, since the start or the resumption
+    "charts/SPS",  # environment steps per second of training so far
     "charts/epsilon",  # probability of a random action
     "losses/td_loss",  # of the last gradient step's batch
     "losses/q_values",  # mean of Q(s, a)
@@ -313,8 +313,8 @@ DIFFER = [
     (same_name_same_code, r"eval_episodes, num_envs\)", "eval_episodes, num_envs - 1)"),
     (
         same_name_same_code,
-        r"\nShare = Annotated\[float, 0, 1\]",
-        "\nShare = Annotated[float, 0, 2]",
+        r"\nFraction = Annotated\[float, 0, 1\]",
+        "\nFraction = Annotated[float, 0, 2]",
     ),
     (flags, r"(\n    seed: .*?)  # .*", r"\1  # another comment"),
     (flags, r"\n    seed: .* =", "\n    seed: float ="),

@@ -210,6 +210,14 @@ def test_the_older_checkpoint_fits_if_the_newer_one_was_not_written(tmp_path):
     assert left == {"replay.journal-32", "replay.journal-36"}
 
 
+def test_nothing_can_be_drawn_if_every_step_is_truncated(tmp_path):
+    buffer, obs = new_buffer(tmp_path), np.zeros((N, 4, 84, 84), np.uint8)
+    for _ in range(10):
+        buffer.add(obs, *np.zeros((3, N), np.uint8), np.ones(N, bool), np.zeros(N))
+    with pytest.raises(ValueError, match="every step was truncated"):
+        buffer.sample(4)
+
+
 def test_256_actions_and_rewards_of_any_size_are_kept(tmp_path):
     torch.manual_seed(0)
     buffer, obs = new_buffer(tmp_path, num_envs=1), np.zeros((1, 4, 84, 84), np.uint8)
@@ -525,7 +533,8 @@ def train(tmp_path, **changes):
     """400 steps in games of the diary. Returns the run's folder."""
     few = dict(
         env_id="PixelDiary-v0", total_timesteps=400, num_envs=2, buffer_size=300,
-        learning_starts=40, batch_size=4, train_frequency=4, target_network_frequency=40, eval_episodes=2,
+        learning_starts=40, batch_size=4, train_frequency=4, target_network_frequency=40,
+        eval_episodes=2,
         checkpoint_frequency=150, precision="float32", learning_rate=3e-3, num_threads=1,
     )  # fmt: skip
     return games.train(script, script.Args(**few | changes, runs_dir=str(tmp_path)))
@@ -550,8 +559,7 @@ def test_all_that_was_played_can_be_learned_from(tmp_path, monkeypatch):
     assert set(keys_of(buffer.sample(5000))) == {key_of(step) for step in played} - {None}
 
 
-@pytest.mark.parametrize("game", ["Breakout", pytest.param("Pong", marks=pytest.mark.slow)])
-def test_what_is_learned_from_is_what_the_emulator_showed(tmp_path, monkeypatch, game):
+def test_what_is_learned_from_is_what_the_emulator_showed(tmp_path, monkeypatch):
     """To the pixel, over lost lives and ends of games."""
     happened, updates, recv = set(), recorded(monkeypatch, script, "update"), script.Envs.recv
 
@@ -568,7 +576,7 @@ def test_what_is_learned_from_is_what_the_emulator_showed(tmp_path, monkeypatch,
 
     monkeypatch.setattr(script.Envs, "recv", watching)
     points = curves(train(
-        tmp_path, env_id=f"ALE/{game}-v5", total_timesteps=1500, num_envs=3, buffer_size=900,
+        tmp_path, env_id="ALE/Breakout-v5", total_timesteps=1500, num_envs=3, buffer_size=900,
         train_frequency=20, batch_size=32, start_e=1.0, end_e=1.0, eval_epsilon=1.0,
         eval_episodes=1,
     ))  # fmt: skip
@@ -577,7 +585,7 @@ def test_what_is_learned_from_is_what_the_emulator_showed(tmp_path, monkeypatch,
         obs, actions, rewards, next_obs, terminated = (part.numpy() for part in batch)
         drawn |= set(map(seen, obs, actions, next_obs, rewards, terminated))
     assert drawn <= happened and any(end for *_, end in drawn)
-    assert game == "Pong" or len(points["charts/episodic_return"]) > 2
+    assert len(points["charts/episodic_return"]) > 2
 
 
 def test_every_environment_gets_the_action_chosen_for_it(tmp_path, monkeypatch):

@@ -19,20 +19,13 @@ from PIL import Image
 
 NAMES = [path.stem for path in SCRIPTS if "\nclass OwnGames:" in path.read_text()]
 N = 3  # environments
-LIMIT = 150  # steps of a game
+LIMIT = 150  # steps of an emulator's game: some end before, others are truncated
+LIMITED = f'{{"max_num_frames_per_episode": {4 * LIMIT}}}'
 
 
 @pytest.fixture(params=[pytest.param(x, marks=[pytest.mark.slow] * (x != NAMES[0])) for x in NAMES])
 def script(request):
     return importlib.import_module(request.param)
-
-
-@pytest.fixture
-def limited(monkeypatch):
-    """The emulators truncate a game after so many steps. Some end before."""
-    make_vec = gym.make_vec
-    monkeypatch.setattr(gym, "make_vec", lambda *arguments, **options: make_vec(
-        *arguments, **options, max_num_frames_per_episode=4 * LIMIT))  # fmt: skip
 
 
 def opened(script, num_envs=N, stream=0, state=None, draw=False, **settings):
@@ -70,7 +63,7 @@ class Emulator:
     def __init__(self, game, sticky_actions):
         self.env = gym.make_vec(
             game, 1, autoreset_mode="NextStep", reward_clipping=False,
-            repeat_action_probability=sticky_actions,
+            repeat_action_probability=sticky_actions, max_num_frames_per_episode=4 * LIMIT,
         )  # fmt: skip
 
     def reset(self, seed):
@@ -89,14 +82,14 @@ class Emulator:
 
 @pytest.mark.parametrize("game, sticky_actions", [("Breakout", 0.0), ("Pong", 0.25)])
 def test_the_emulators_games_are_told_as_they_were(
-    script, limited, monkeypatch, game, sticky_actions
+    script, monkeypatch, game, sticky_actions
 ):  # fmt: skip
     """A lost life terminates, and the game goes on; a truncated game shows its last observation;
     the true return and length of each game; the first game after so many steps is from a seed."""
     monkeypatch.setattr(script, "RESEED_FREQUENCY", N * 200)
     game, happened = f"ALE/{game}-v5", {"over": 0, "cut": 0, "life": 0, "seed": 0}
     emulators = [Emulator(game, sticky_actions) for _ in range(N)]
-    with opened(script, env_id=game, sticky_actions=sticky_actions) as envs:
+    with opened(script, env_id=game, env_kwargs=LIMITED, sticky_actions=sticky_actions) as envs:
         seeds, ages, totals = envs.seeds.copy(), np.zeros(N, int), [[] for _ in range(N)]
         for emulator, seed in zip(emulators, seeds):
             emulator.reset(seed)
@@ -134,11 +127,12 @@ def test_the_emulators_games_are_told_as_they_were(
     ("PixelDiary-v0", 0, N), ("PixelDiary-v0", 0, 1),
 ])  # fmt: skip
 def test_reset_goes_back_to_a_checkpoint(
-    script, limited, monkeypatch, capsys, env_id, sticky_actions, num_envs
+    script, monkeypatch, capsys, env_id, sticky_actions, num_envs
 ):  # fmt: skip
     """At once after a new seed, and in the middle of games, seeds before and after."""
     monkeypatch.setattr(script, "RESEED_FREQUENCY", num_envs * 150)
     args = {"env_id": env_id, "sticky_actions": sticky_actions, "num_envs": num_envs}
+    args["env_kwargs"] = LIMITED if "ALE" in env_id else "{}"
     actions, saved = random_actions(750, num_envs), {}
     with opened(script, **args) as envs:
         undisturbed, steps = [], play(envs, actions)
@@ -213,6 +207,9 @@ def test_the_emulator_is_asked_for_true_rewards_and_its_own_actions(script, monk
         script.make_games(script.Args(sticky_actions=sticky_actions), 1)
     assert [options["repeat_action_probability"] for options in asked] == [0.0, 0.25]
     assert not any(options["reward_clipping"] for options in asked)
+    for kwargs in ('{"reward_clipping": true}', '{"no_such_option": 1}'):
+        with pytest.raises(ValueError, match="--env-kwargs"):
+            script.make_games(script.Args(env_kwargs=kwargs), 1)
 
 
 # ---- Environments of one's own -------------------------------------------------------------------
@@ -350,19 +347,20 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("env_id, arrays", [
-    ("PixelDiary-v0", "true"), pytest.param("ALE/Breakout-v5", None, marks=pytest.mark.slow)
+@pytest.mark.parametrize("env_id, kwargs, other_kwargs", [
+    ("PixelDiary-v0", "{}", '{"arrays": true}'),
+    pytest.param("ALE/Breakout-v5", LIMITED, LIMITED, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_interrupted_or_not_the_run_is_the_same(script, tmp_path, monkeypatch, env_id, arrays):
+def test_interrupted_or_not_the_run_is_the_same(
+    script, tmp_path, monkeypatch, env_id, kwargs, other_kwargs
+):  # fmt: skip
     """To the last bit: killed twice and resumed, with checkpoints at other times; own environments
     that truncate, with a reward and ends in arrays, too; with new seeds before and after."""
     monkeypatch.setattr(script, "RESEED_FREQUENCY", 400)
-    args = games.settings(script, tmp_path, env_id=env_id, total_timesteps=1500, eval_episodes=1)
+    few = {"env_id": env_id, "env_kwargs": kwargs, "total_timesteps": 1500, "eval_episodes": 1}
+    args, recv = games.settings(script, tmp_path, **few), script.Envs.recv
     undisturbed = games.train(script, args)
-    changes = {"checkpoint_frequency": 170}
-    if arrays:
-        changes["env_kwargs"] = f'{{"arrays": {arrays}}}'
-    args, recv = games.replace(args, **changes), script.Envs.recv
+    args = games.replace(args, checkpoint_frequency=170, env_kwargs=other_kwargs)
     for limit in (700, 1300):
 
         def recv_until(self, *which):

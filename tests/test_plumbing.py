@@ -724,20 +724,19 @@ def test_the_bar_moves_in_a_notebook_and_not_in_a_log_file(tmp_path, monkeypatch
     assert drawn >= 6 if notebook else drawn <= 3
 
 
-def test_the_speed_is_of_this_process(tmp_path, monkeypatch):
-    """A second passes between two looks at the clock, the first of which is at the start."""
+def test_the_speed_is_of_the_whole_training(tmp_path, monkeypatch):
+    """A second passes between two looks at the clock, the first of which is at the resumption."""
     first = train(tmp_path)
     steps, clock = first.steps, iter(range(10**6))
+    saved = state(Path(first.folder))
     monkeypatch.setattr(MODULE.time, "perf_counter", lambda: next(clock))
-    args = MODULE.Args(**state(Path(first.folder))["args"])
+    args = MODULE.Args(**saved["args"])
     train(tmp_path, **vars(args) | {"total_timesteps": 3 * steps, "resume": first.folder})
     monkeypatch.undo()
-    speeds = [
-        point for point in events(Path(first.folder)).Scalars("charts/SPS") if point.step > steps
-    ]
-    looks = [(point.step - steps) / point.value for point in speeds]
-    assert len(looks) >= 2 and looks == pytest.approx([round(look) for look in looks])
-    assert looks[0] == pytest.approx(1) and looks == sorted(looks)
+    points = events(Path(first.folder)).Scalars("charts/SPS")
+    looks = [point.step / point.value - saved["seconds"] for point in points if point.step > steps]
+    assert len(looks) >= 2 and looks == pytest.approx([round(look) for look in looks], abs=1e-3)
+    assert looks[0] == pytest.approx(1, abs=1e-3) and looks == sorted(looks)
 
 
 @SLOW
@@ -751,7 +750,7 @@ def test_seconds_are_added_up(bench, run_dir):
 
 
 def test_the_hparams_tab(reference):
-    """One row for a run; script and return first."""
+    """One row for a run; return and script first: TensorBoard sorts the columns."""
     (session,) = [
         value.session_start_info
         for value in hparams_of(reference)
@@ -761,11 +760,11 @@ def test_the_hparams_tab(reference):
     (experiment,) = [
         value.experiment for value in hparams_of(reference) if value.HasField("experiment")
     ]
-    assert [info.name for info in experiment.hparam_infos][:2] == ["exp_name", "return"]
+    assert sorted(info.name for info in experiment.hparam_infos)[:2] == ["Return", "Script"]
     assert [info.name.tag for info in experiment.metric_infos] == ["eval/episodic_return"]
-    assert session.hparams["exp_name"].string_value == SCRIPT
+    assert session.hparams["Script"].string_value == SCRIPT
     result = json.loads((reference / "result.json").read_text())
-    assert session.hparams["return"].number_value == pytest.approx(result["episodic_return"])
+    assert session.hparams["Return"].number_value == pytest.approx(result["episodic_return"])
     assert set(names) >= set(state(reference)["args"]) - {"resume", "evaluate"}
 
 
