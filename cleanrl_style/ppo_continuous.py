@@ -35,9 +35,9 @@ Run      python ppo_continuous.py
          python ppo_continuous.py --env-id HalfCheetah-v5 --gamma 0.99 --learning-rate 3e-4 \
              --ent-coef 0 --total-timesteps 1000000    (needs gymnasium[mujoco])
 Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 10, for MuJoCo
-         1 to 3 (worst to best seed), and wall time on one core of an AMD EPYC with start-up and
-         evaluation. Hopper and Walker2d have the flags of HalfCheetah:
-             Pendulum-v1     -192.3 (-236.0 to -159.4)    200k steps   107 s
+         1 to 3 (worst to best seed), and median wall time on one core of an AMD EPYC beside other
+         work. Hopper and Walker2d have the flags of HalfCheetah:
+             Pendulum-v1     -173.9 (-200.8 to -163.8)    200k steps    62 s
              HalfCheetah-v5  2943.6 (1866.8 to 5088.8)    1M steps     410 s
              Hopper-v5       3362.1 (3216.7 to 3527.2)    1M steps     352 s
              Walker2d-v5     3495.9 (1307.2 to 5112.5)    1M steps     508 s
