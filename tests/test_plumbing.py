@@ -135,8 +135,8 @@ def test_bad_arguments_are_refused(bench, arguments, word):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_missing_device_is_refused(bench, run_dir):
-    is_refused(bench.run("--device cuda"), "arguments")
-    is_refused(bench.run("--evaluate run --device cuda:7"), "arguments")
+    is_refused(bench.run("--device cuda"), "--device")
+    is_refused(bench.run("--evaluate run --device cuda:7"), "--device")
 
 
 PLACES = ["a_file", "a_file/runs", "x" * 300, "/proc/runs", "dangling/runs"]
