@@ -488,8 +488,9 @@ def check(args: "Args") -> None:
     """Refuses arguments of the wrong type or out of bounds."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if type(value) not in (str, int, float, bool, type(None)):
-            raise ValueError(f"{flag} must be a plain Python value, not {type(value).__name__}")
+        plain = (hint,) if hint in (str, bool) else (str, int, float, bool, type(None))
+        if type(value) not in plain:  # a checkpoint could not be read again
+            raise ValueError(f"{flag} cannot be of type {type(value).__name__}")
         with as_usage_error(flag, UnicodeError):  # it is not UTF-8
             str(value).encode()
         if hasattr(hint, "__metadata__"):
@@ -889,6 +890,7 @@ def main() -> None:
         if args.evaluate is None:
             print(train(args).folder)
         else:
+            torch.set_num_threads(args.num_threads or os.cpu_count())
             folder = checkpoint_path(args.evaluate).parent
             gif = folder / "episode.gif" if args.capture_video else None
             evaluate(args, load_network(args.evaluate, args)[-1], gif)

@@ -171,6 +171,9 @@ def test_arguments_keep_their_bounds(script):
                     args(**{name: value})
     with pytest.raises(ValueError, match="--runs-dir"):
         args(runs_dir=Path("runs"))
+    for name, value in {"capture_video": 1, "exp_name": None, "seed": "1"}.items():
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+            args(**{name: value})
 
 
 # ---- Environments --------------------------------------------------------------------------------
