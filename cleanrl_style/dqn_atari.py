@@ -58,6 +58,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
@@ -122,11 +123,11 @@ class Args:
     sticky_actions: Fraction = 0.0  # probability that the emulator repeats the last action
     eval_epsilon: Fraction = 0.01  # epsilon in evaluation, so that no game is stuck in a loop
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CPUs made for it
-    compile: bool = False  # compile the networks, for a GPU
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
+    compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 0  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 100_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
@@ -227,10 +228,7 @@ def use_bfloat16(args: Args) -> bool:
 
 def make_network(args: Args, envs: "Envs") -> QNetwork:
     """A Q-network for these games."""
-    network = QNetwork(int(envs.action_space.n), use_bfloat16(args), args.norm_obs)
-    if args.compile:
-        network.compile()
-    return network
+    return QNetwork(int(envs.action_space.n), use_bfloat16(args), args.norm_obs)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -280,23 +278,31 @@ class Batch(NamedTuple):
     terminated: Tensor  # whether a life or the game is over, (B,)
 
 
-def update(
-    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer,
-    batch: Batch, args: Args,
-) -> dict[str, Tensor]:  # fmt: skip
-    """One gradient step on the B transitions of a batch -> metrics."""
+def compute_gradient(
+    q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """The gradient of the loss, Huber or squared, on the B transitions of a batch -> metrics."""
     with torch.no_grad():  # the target is a constant
         online_q = q_network(batch.next_obs) if args.double_q else None
         next_q = target_network(batch.next_obs)
         target = td_target(batch.rewards, batch.terminated, next_q, args.gamma, online_q)
     q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
     loss = (F.huber_loss if args.loss == "huber" else F.mse_loss)(q_values, target)
-    optimizer.zero_grad()
     loss.backward()
     if args.max_grad_norm > 0:
         nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
-    optimizer.step()
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+
+def update(
+    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer,
+    batch: Batch, args: Args,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One gradient step on a batch -> metrics."""
+    optimizer.zero_grad()
+    metrics = compiled(compute_gradient, args)(q_network, target_network, batch, args)
+    optimizer.step()
+    return metrics
 
 
 # ---- Normalisation -------------------------------------------------------------------------------
@@ -583,6 +589,20 @@ def check(args: "Args") -> None:
         raise ValueError("--resume and --evaluate exclude each other")
 
 
+def compiled(function: Callable, args: Args, dynamic: bool = False) -> Callable:
+    """With --compile, the function as one graph of fused kernels; the same lines without it.
+
+    It is compiled anew for each new shape; if dynamic, once for all shapes.
+    """
+    return compile_once(function, dynamic) if args.compile else function
+
+
+@cache
+def compile_once(function: Callable, dynamic: bool) -> Callable:
+    """Compiles at the first call."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
+
+
 def make_gym_env(args: Args, render_mode: str | None) -> gym.Env:
     """The environment, with a time limit."""
     sys.path.append(os.getcwd())  # my_module may lie where the command was typed
@@ -784,6 +804,11 @@ class Run:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(args.num_threads or os.cpu_count())
             torch.backends.cudnn.deterministic = True
+            if args.compile:  # fails now, not at the first gradient step
+                with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
+                    torch.compiler.reset()  # what other runs of this process have compiled
+                    torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
+                    torch.compile(torch.sin)(torch.zeros(8, device=args.device))
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with as_usage_error("cannot write", OSError):  # or it is locked by another process

@@ -53,6 +53,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_type_hints
 
@@ -108,6 +109,7 @@ class Args:
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
@@ -166,14 +168,30 @@ def linear_epsilon(step: int, start: float, end: float, duration: float) -> floa
     return end if step >= duration else start + (end - start) * step / duration
 
 
-@torch.no_grad()
-def act(q_network: nn.Module, obs: np.ndarray, epsilon: float) -> np.ndarray:
-    """Epsilon-greedy actions: observations (N, ...) -> (N,)."""
-    obs = torch.from_numpy(obs).to(next(q_network.parameters()).device)
-    q_values = q_network(obs).cpu()
-    random_actions = torch.randint(q_values.shape[1], (len(q_values),))
-    actions = torch.where(torch.rand(len(q_values)) < epsilon, random_actions, q_values.argmax(1))
-    return actions.numpy()
+class Actor:
+    """The Q-network in NumPy: for a few rows, it is several times as fast as in PyTorch.
+
+    It shares the weights of a network on the CPU. Of one on a GPU, it is a copy.
+    """
+
+    def __init__(self, q_network: QNetwork) -> None:
+        weights = [weight.detach().cpu().numpy() for weight in q_network.layers.parameters()]
+        self.layers = list(zip(weights[::2], weights[1::2]))
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Observations (N, O) -> Q(s, .) (N, K)."""
+        for weight, bias in self.layers[:-1]:
+            obs = np.maximum(obs @ weight.T + bias, 0)
+        weight, bias = self.layers[-1]
+        return obs @ weight.T + bias
+
+
+def act(actor: Actor, obs: np.ndarray, epsilon: float) -> np.ndarray:
+    """Epsilon-greedy actions: observations (N, O) -> (N,)."""
+    q_values = actor(obs)
+    explore = torch.rand(len(q_values)).numpy() < epsilon
+    random_actions = torch.randint(q_values.shape[1], (len(q_values),)).numpy()
+    return np.where(explore, random_actions, q_values.argmax(1))
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float) -> Tensor:
@@ -198,20 +216,28 @@ class Batch(NamedTuple):
     terminated: Tensor  # whether the episode terminated; False if truncated, (B,)
 
 
-def update(
-    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer,
-    batch: Batch, gamma: float,
-) -> dict[str, Tensor]:  # fmt: skip
-    """One gradient step on the B transitions of a batch -> metrics."""
+def compute_gradient(
+    q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """The gradient of the loss on the B transitions of a batch -> metrics."""
     with torch.no_grad():  # the target is a constant
         next_q = target_network(batch.next_obs)
-        target = td_target(batch.rewards, batch.terminated, next_q, gamma)
+        target = td_target(batch.rewards, batch.terminated, next_q, args.gamma)
     q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
     loss = F.mse_loss(q_values, target)
-    optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
     return {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+
+def update(
+    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer,
+    batch: Batch, args: Args,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One gradient step on a batch -> metrics."""
+    optimizer.zero_grad()
+    metrics = compiled(compute_gradient, args)(q_network, target_network, batch, args)
+    optimizer.step()
+    return metrics
 
 
 # ---- Memory --------------------------------------------------------------------------------------
@@ -268,7 +294,7 @@ def train(args: Args) -> "Result":
     buffer = ReplayBuffer(args.buffer_size, envs.obs.shape[1])
     parts = {"target_network": target_network, "optimizer": optimizer, "buffer": buffer}
     with Run(args, envs, q_network, **parts) as run:
-        metrics = {}  # of the last gradient step
+        metrics, actor = {}, Actor(q_network)  # metrics of the last gradient step
         while run.is_running():
             if args.anneal_lr:
                 remaining = 1 - envs.steps / args.total_timesteps
@@ -278,7 +304,7 @@ def train(args: Args) -> "Result":
             duration = args.exploration_fraction * args.total_timesteps
             epsilon = linear_epsilon(envs.steps, args.start_e, args.end_e, duration)
             obs = envs.obs.copy()
-            actions = act(q_network, obs, epsilon)
+            actions = act(actor, obs, epsilon)
             next_obs, rewards, terminated, _ = envs.step(actions)
             buffer.add(obs, actions, rewards, next_obs, terminated)
 
@@ -288,7 +314,8 @@ def train(args: Args) -> "Result":
                 if step % args.train_frequency == 0:
                     for _ in range(args.gradient_steps):
                         batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
-                        metrics = update(q_network, target_network, optimizer, batch, args.gamma)
+                        metrics = update(q_network, target_network, optimizer, batch, args)
+                    actor = Actor(q_network)
                 if step % args.target_network_frequency == 0:
                     update_target(target_network, q_network, args.tau)
 
@@ -306,7 +333,7 @@ def train(args: Args) -> "Result":
 
 def play(args: Args, q_network: QNetwork, obs: np.ndarray) -> np.ndarray:
     """How the trained policy is evaluated: observations (N, O) -> actions (N,)."""
-    return act(q_network, obs, epsilon=0.0)
+    return act(Actor(q_network), obs, epsilon=0.0)
 
 
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
@@ -385,6 +412,20 @@ def check(args: "Args") -> None:
                 raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
     if args.resume is not None and args.evaluate is not None:
         raise ValueError("--resume and --evaluate exclude each other")
+
+
+def compiled(function: Callable, args: Args, dynamic: bool = False) -> Callable:
+    """With --compile, the function as one graph of fused kernels; the same lines without it.
+
+    It is compiled anew for each new shape; if dynamic, once for all shapes.
+    """
+    return compile_once(function, dynamic) if args.compile else function
+
+
+@cache
+def compile_once(function: Callable, dynamic: bool) -> Callable:
+    """Compiles at the first call."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
@@ -512,6 +553,11 @@ class Run:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(args.num_threads or os.cpu_count())
             torch.backends.cudnn.deterministic = True
+            if args.compile:  # fails now, not at the first gradient step
+                with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
+                    torch.compiler.reset()  # what other runs of this process have compiled
+                    torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
+                    torch.compile(torch.sin)(torch.zeros(8, device=args.device))
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with as_usage_error("cannot write", OSError):  # or it is locked by another process

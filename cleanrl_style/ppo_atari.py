@@ -61,6 +61,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
@@ -117,11 +118,11 @@ class Args:
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     sticky_actions: Fraction = 0.0  # probability that the emulator repeats the last action
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CPUs made for it
-    compile: bool = False  # compile the networks, for a GPU
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
+    compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 0  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 100_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
@@ -222,10 +223,7 @@ def use_bfloat16(args: Args) -> bool:
 
 def make_network(args: Args, envs: "Envs") -> Agent:
     """An agent for these games."""
-    agent = Agent(int(envs.action_space.n), use_bfloat16(args), args.norm_obs)
-    if args.compile:
-        agent.compile()
-    return agent
+    return Agent(int(envs.action_space.n), use_bfloat16(args), args.norm_obs)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -236,7 +234,7 @@ def act(agent: nn.Module, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     """Samples actions: observations (N, ...) -> actions, log pi(a|s), V(s), each (N,)."""
     obs = torch.from_numpy(obs).to(next(agent.parameters()).device)
     logits, values = (output.cpu() for output in agent(obs))
-    actions = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+    actions = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)  # Gumbel noise
     return actions.numpy(), log_prob_and_entropy(logits, actions)[0].numpy(), values.numpy()
 
 
@@ -299,10 +297,8 @@ class Batch(NamedTuple):
     returns: Tensor  # A + V_old(s), the target of V(s), (B,)
 
 
-def update(
-    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
-) -> dict[str, Tensor]:
-    """One gradient step on B steps, whose value loss may be clipped -> metrics."""
+def compute_gradient(agent: nn.Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """The gradient of the loss on B steps, whose value loss may be clipped -> metrics."""
     logits, values = agent(batch.obs)
     log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
     log_ratio = log_probs - batch.log_probs
@@ -315,11 +311,9 @@ def update(
     value_loss = clipped_value_loss(values, batch.values, batch.returns, clip)
     entropy = entropies.mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # 2017, equation 9
-    optimizer.zero_grad()
     loss.backward()
     if args.max_grad_norm > 0:
         nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    optimizer.step()
     with torch.no_grad():
         return {
             "losses/policy_loss": policy_loss.detach(),
@@ -328,6 +322,16 @@ def update(
             "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
+
+
+def update(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """One gradient step on a minibatch -> metrics."""
+    optimizer.zero_grad()
+    metrics = compiled(compute_gradient, args)(agent, batch, args)
+    optimizer.step()
+    return metrics
 
 
 def learn(
@@ -515,6 +519,20 @@ def check(args: "Args") -> None:
                 raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
     if args.resume is not None and args.evaluate is not None:
         raise ValueError("--resume and --evaluate exclude each other")
+
+
+def compiled(function: Callable, args: Args, dynamic: bool = False) -> Callable:
+    """With --compile, the function as one graph of fused kernels; the same lines without it.
+
+    It is compiled anew for each new shape; if dynamic, once for all shapes.
+    """
+    return compile_once(function, dynamic) if args.compile else function
+
+
+@cache
+def compile_once(function: Callable, dynamic: bool) -> Callable:
+    """Compiles at the first call."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 def make_gym_env(args: Args, render_mode: str | None) -> gym.Env:
@@ -718,6 +736,11 @@ class Run:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(args.num_threads or os.cpu_count())
             torch.backends.cudnn.deterministic = True
+            if args.compile:  # fails now, not at the first gradient step
+                with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
+                    torch.compiler.reset()  # what other runs of this process have compiled
+                    torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
+                    torch.compile(torch.sin)(torch.zeros(8, device=args.device))
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with as_usage_error("cannot write", OSError):  # or it is locked by another process

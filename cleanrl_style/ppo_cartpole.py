@@ -60,6 +60,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_type_hints
 
@@ -113,6 +114,7 @@ class Args:
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
@@ -180,15 +182,39 @@ def make_network(args: Args, envs: "Envs") -> Agent:
 # ---- The algorithm -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def act(agent: Agent, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
-    """Samples actions, or takes the most probable ones: observations (N, O) -> (N,)."""
-    obs = torch.from_numpy(obs).to(next(agent.parameters()).device)
-    logits = agent.actor(agent.normalize(obs)).cpu()
-    if greedy:
-        return logits.argmax(-1).numpy()
-    with as_usage_error("the policy diverged: try a lower --learning-rate", RuntimeError):
-        return torch.multinomial(logits.softmax(-1), 1).squeeze(-1).numpy()
+class Actor:
+    """The actor in NumPy: for a few rows, it is several times as fast as in PyTorch.
+
+    It shares the weights of an agent on the CPU. Of one on a GPU, it is a copy.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        weights = [weight.detach().cpu().numpy() for weight in agent.actor.parameters()]
+        self.layers = list(zip(weights[::2], weights[1::2]))
+        self.statistics = None
+        if agent.obs_statistics is not None:
+            mean, variance = agent.obs_statistics.mean, agent.obs_statistics.variance
+            self.statistics = mean.cpu().numpy(), (variance + 1e-8).sqrt().cpu().numpy()
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Observations (N, O) -> logits of pi(.|s) (N, K)."""
+        if self.statistics is not None:
+            mean, deviation = self.statistics
+            obs = ((obs - mean) / deviation).clip(-10, 10)
+        for weight, bias in self.layers[:-1]:
+            obs = np.tanh(obs @ weight.T + bias)
+        weight, bias = self.layers[-1]
+        return obs @ weight.T + bias
+
+
+def act(actor: Actor, obs: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+    """The most probable actions or, with Gumbel noise (N, K), samples: (N, O) -> (N,)."""
+    return (actor(obs) + noise).argmax(-1)
+
+
+def gumbel_noise(*shape: int) -> np.ndarray:
+    """-log of exponential noise. The argmax of logits plus this is a sample of their softmax."""
+    return -torch.empty(shape).exponential_().log().numpy()
 
 
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,10 +279,8 @@ def make_batch(
     return Batch(*(column.flatten(0, 1) for column in columns))
 
 
-def update(
-    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
-) -> dict[str, Tensor]:
-    """One gradient step on the B steps of a minibatch -> metrics."""
+def compute_gradient(agent: nn.Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """The gradient of the loss on the B steps of a minibatch -> metrics."""
     logits, values = agent(batch.obs)
     log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
     log_ratio = log_probs - batch.log_probs
@@ -268,11 +292,9 @@ def update(
     value_loss = (values - batch.returns).square().mean() / 2
     entropy = entropies.mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # 2017, equation 9
-    optimizer.zero_grad()
     loss.backward()
     if args.max_grad_norm > 0:
         nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    optimizer.step()
     with torch.no_grad():
         return {
             "losses/policy_loss": policy_loss.detach(),
@@ -281,6 +303,16 @@ def update(
             "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
+
+
+def update(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """One gradient step on a minibatch -> metrics."""
+    optimizer.zero_grad()
+    metrics = compiled(compute_gradient, args)(agent, batch, args)
+    optimizer.step()
+    return metrics
 
 
 def learn(
@@ -367,9 +399,10 @@ def train(args: Args) -> "Result":
                 optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
             # Act: T steps in every environment.
+            actor, noise = Actor(agent), gumbel_noise(*rows, int(envs.action_space.n))
             for t in range(args.num_steps):
                 obs[t] = envs.obs
-                actions[t] = act(agent, obs[t])
+                actions[t] = act(actor, obs[t], noise[t])
                 next_obs[t], rewards[t], terminated[t], truncated[t] = envs.step(actions[t])
 
             # Learn.
@@ -397,7 +430,7 @@ def train(args: Args) -> "Result":
 
 def play(args: Args, agent: Agent, obs: np.ndarray) -> np.ndarray:
     """How the trained policy is evaluated: observations (N, O) -> actions (N,)."""
-    return act(agent, obs, greedy=True)
+    return act(Actor(agent), obs)
 
 
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
@@ -476,6 +509,20 @@ def check(args: "Args") -> None:
                 raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
     if args.resume is not None and args.evaluate is not None:
         raise ValueError("--resume and --evaluate exclude each other")
+
+
+def compiled(function: Callable, args: Args, dynamic: bool = False) -> Callable:
+    """With --compile, the function as one graph of fused kernels; the same lines without it.
+
+    It is compiled anew for each new shape; if dynamic, once for all shapes.
+    """
+    return compile_once(function, dynamic) if args.compile else function
+
+
+@cache
+def compile_once(function: Callable, dynamic: bool) -> Callable:
+    """Compiles at the first call."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
@@ -603,6 +650,11 @@ class Run:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(args.num_threads or os.cpu_count())
             torch.backends.cudnn.deterministic = True
+            if args.compile:  # fails now, not at the first gradient step
+                with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
+                    torch.compiler.reset()  # what other runs of this process have compiled
+                    torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
+                    torch.compile(torch.sin)(torch.zeros(8, device=args.device))
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with as_usage_error("cannot write", OSError):  # or it is locked by another process

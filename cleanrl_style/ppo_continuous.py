@@ -59,6 +59,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_type_hints
 
@@ -112,6 +113,7 @@ class Args:
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
@@ -190,21 +192,50 @@ def make_network(args: Args, envs: "Envs") -> Agent:
 # ---- The algorithm -------------------------------------------------------------------------------
 
 
+class Actor:
+    """The actor in NumPy, with its bounds: for a few rows, several times as fast as in PyTorch.
+
+    It shares the weights of an agent on the CPU. Of one on a GPU, it is a copy.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        weights = [weight.detach().cpu().numpy() for weight in agent.actor.parameters()]
+        self.layers = list(zip(weights[::2], weights[1::2]))
+        self.low, self.high = agent.low.cpu().numpy(), agent.high.cpu().numpy()
+        self.statistics = None
+        if agent.obs_statistics is not None:
+            mean, variance = agent.obs_statistics.mean, agent.obs_statistics.variance
+            self.statistics = mean.cpu().numpy(), (variance + 1e-8).sqrt().cpu().numpy()
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Observations (N, O) -> means of pi(.|s) (N, K)."""
+        if self.statistics is not None:
+            mean, deviation = self.statistics
+            obs = ((obs - mean) / deviation).clip(-10, 10)
+        for weight, bias in self.layers[:-1]:
+            obs = np.tanh(obs @ weight.T + bias)
+        weight, bias = self.layers[-1]
+        return obs @ weight.T + bias
+
+
+def act(actor: Actor, obs: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+    """The means of pi or, with noise (N, K), samples: (N, O) -> (N, K), not yet clipped."""
+    return actor(obs) + noise
+
+
 @torch.no_grad()
-def act(agent: Agent, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
-    """Samples actions, or takes the means: observations (N, O) -> (N, K), not yet clipped."""
-    obs = torch.from_numpy(obs).to(next(agent.parameters()).device)
-    means = agent.actor(agent.normalize(obs)).cpu()
-    noise = 0 if greedy else agent.log_std.exp().cpu() * torch.randn_like(means)
-    return (means + noise).numpy()
+def sample_noise(agent: Agent, *shape: int) -> np.ndarray:
+    """What is to be added to means of pi for samples: (..., K)."""
+    deviation = agent.log_std.exp().cpu()
+    return (deviation * torch.randn(*shape, len(deviation))).numpy()
 
 
-def to_bounds(agent: Agent, actions: np.ndarray) -> np.ndarray:
+def to_bounds(actor: Actor, actions: np.ndarray) -> np.ndarray:
     """Clips to -1 and 1, and scales to the bounds of the environment: (N, K) -> (N, K).
 
     Only the environment sees the clipped action; the loss uses the sample.
     """
-    low, high = agent.low.cpu().numpy(), agent.high.cpu().numpy()
+    low, high = actor.low, actor.high
     return (low + (actions.clip(-1, 1) + 1) / 2 * (high - low)).clip(low, high)  # against rounding
 
 
@@ -275,10 +306,8 @@ def make_batch(
     return Batch(*(column.flatten(0, 1) for column in columns))
 
 
-def update(
-    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
-) -> dict[str, Tensor]:
-    """One gradient step on B steps, for a normal distribution -> metrics."""
+def compute_gradient(agent: nn.Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """The gradient of the loss on B steps, for a normal distribution -> metrics."""
     means, values = agent(batch.obs)
     log_probs, entropy = log_prob_and_entropy(means, agent.log_std, batch.actions)
     log_ratio = log_probs - batch.log_probs
@@ -289,11 +318,9 @@ def update(
     policy_loss = clipped_policy_loss(ratio, advantages, args.clip_coef)
     value_loss = (values - batch.returns).square().mean() / 2
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # 2017, equation 9
-    optimizer.zero_grad()
     loss.backward()
     if args.max_grad_norm > 0:
         nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    optimizer.step()
     with torch.no_grad():
         return {
             "losses/policy_loss": policy_loss.detach(),
@@ -302,6 +329,16 @@ def update(
             "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
+
+
+def update(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, Tensor]:
+    """One gradient step on a minibatch -> metrics."""
+    optimizer.zero_grad()
+    metrics = compiled(compute_gradient, args)(agent, batch, args)
+    optimizer.step()
+    return metrics
 
 
 def learn(
@@ -389,10 +426,11 @@ def train(args: Args) -> "Result":
                 optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
             # Act: T steps in every environment.
+            actor, noise = Actor(agent), sample_noise(agent, *rows)
             for t in range(args.num_steps):
                 obs[t] = envs.obs
-                actions[t] = act(agent, obs[t])
-                outcome = envs.step(to_bounds(agent, actions[t]))
+                actions[t] = act(actor, obs[t], noise[t])
+                outcome = envs.step(to_bounds(actor, actions[t]))
                 next_obs[t], rewards[t], terminated[t], truncated[t] = outcome
 
             # Learn.
@@ -420,7 +458,8 @@ def train(args: Args) -> "Result":
 
 def play(args: Args, agent: Agent, obs: np.ndarray) -> np.ndarray:
     """How the trained policy is evaluated: observations (N, O) -> actions (N, K)."""
-    return to_bounds(agent, act(agent, obs, greedy=True))
+    actor = Actor(agent)
+    return to_bounds(actor, act(actor, obs))
 
 
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
@@ -499,6 +538,20 @@ def check(args: "Args") -> None:
                 raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
     if args.resume is not None and args.evaluate is not None:
         raise ValueError("--resume and --evaluate exclude each other")
+
+
+def compiled(function: Callable, args: Args, dynamic: bool = False) -> Callable:
+    """With --compile, the function as one graph of fused kernels; the same lines without it.
+
+    It is compiled anew for each new shape; if dynamic, once for all shapes.
+    """
+    return compile_once(function, dynamic) if args.compile else function
+
+
+@cache
+def compile_once(function: Callable, dynamic: bool) -> Callable:
+    """Compiles at the first call."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
@@ -626,6 +679,11 @@ class Run:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(args.num_threads or os.cpu_count())
             torch.backends.cudnn.deterministic = True
+            if args.compile:  # fails now, not at the first gradient step
+                with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
+                    torch.compiler.reset()  # what other runs of this process have compiled
+                    torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
+                    torch.compile(torch.sin)(torch.zeros(8, device=args.device))
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with as_usage_error("cannot write", OSError):  # or it is locked by another process

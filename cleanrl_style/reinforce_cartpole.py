@@ -53,6 +53,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_type_hints
 
@@ -96,6 +97,7 @@ class Args:
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
@@ -145,14 +147,32 @@ def make_network(args: Args, envs: "Envs") -> Policy:
 # ---- The algorithm -------------------------------------------------------------------------------
 
 
-@torch.no_grad()  # `update` computes the log probabilities again, in one batch: faster than a graph
-def act(policy: Policy, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
-    """Samples actions, or takes the most probable ones: observations (N, O) -> (N,)."""
-    logits = policy(torch.from_numpy(obs).to(next(policy.parameters()).device)).cpu()
-    if greedy:
-        return logits.argmax(-1).numpy()
-    with as_usage_error("the policy diverged: try a lower --learning-rate", RuntimeError):
-        return torch.multinomial(logits.softmax(-1), 1).squeeze(-1).numpy()
+class Actor:
+    """The policy in NumPy: for a few rows, it is several times as fast as in PyTorch.
+
+    It shares the weights of a policy on the CPU. Of one on a GPU, it is a copy.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        weights = [weight.detach().cpu().numpy() for weight in policy.layers.parameters()]
+        self.layers = list(zip(weights[::2], weights[1::2]))
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Observations (N, O) -> logits of pi(.|s) (N, K)."""
+        for weight, bias in self.layers[:-1]:
+            obs = np.maximum(obs @ weight.T + bias, 0)
+        weight, bias = self.layers[-1]
+        return obs @ weight.T + bias
+
+
+def act(actor: Actor, obs: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+    """The most probable actions or, with Gumbel noise (N, K), samples: (N, O) -> (N,)."""
+    return (actor(obs) + noise).argmax(-1)
+
+
+def gumbel_noise(*shape: int) -> np.ndarray:
+    """-log of exponential noise. The argmax of logits plus this is a sample of their softmax."""
+    return -torch.empty(shape).exponential_().log().numpy()
 
 
 class Episode(NamedTuple):
@@ -170,10 +190,10 @@ def play_episodes(envs: "Envs", policy: Policy) -> list[Episode]:
     short episodes than long ones.
     """
     episodes = [Episode([], [], []) for _ in range(len(envs.obs))]
-    running = np.arange(len(episodes))
+    running, actor = np.arange(len(episodes)), Actor(policy)
     while len(running) > 0:
         obs = envs.obs[running]
-        actions = act(policy, obs)
+        actions = act(actor, obs, gumbel_noise(len(obs), int(envs.action_space.n)))
         _, rewards, terminated, truncated = envs.step(actions, running)
         for row, i in enumerate(running):
             episodes[i].obs.append(obs[row])
@@ -217,19 +237,27 @@ def policy_loss(log_probs: Tensor, returns: Tensor, num_episodes: int) -> Tensor
     return -(returns * log_probs).sum() / num_episodes
 
 
-def update(
-    policy: nn.Module, optimizer: torch.optim.Optimizer, obs: Tensor, actions: Tensor,
-    returns: Tensor, num_episodes: int,
-) -> dict[str, Tensor]:  # fmt: skip
-    """One gradient step on N episodes: obs (B, O), actions (B,), returns (B,) -> metrics."""
+def compute_gradient(
+    policy: nn.Module, obs: Tensor, actions: Tensor, returns: Tensor, args: Args
+) -> dict[str, Tensor]:
+    """The gradient of the loss on N episodes: (B, O), (B,), (B,) -> metrics."""
     log_pi = policy(obs).log_softmax(-1)  # (B, K)
     log_probs = log_pi.gather(1, actions[:, None]).squeeze(1)
-    loss = policy_loss(log_probs, returns, num_episodes)
-    optimizer.zero_grad()
+    loss = policy_loss(log_probs, returns, args.num_envs)
     loss.backward()
-    optimizer.step()
     entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
     return {"losses/policy_loss": loss.detach(), "losses/entropy": entropy.detach()}
+
+
+def update(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, obs: Tensor, actions: Tensor,
+    returns: Tensor, args: Args,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One gradient step on N episodes: obs (B, O), actions (B,), returns (B,) -> metrics."""
+    optimizer.zero_grad()
+    metrics = compiled(compute_gradient, args, dynamic=True)(policy, obs, actions, returns, args)
+    optimizer.step()
+    return metrics
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------
@@ -257,7 +285,7 @@ def train(args: Args) -> "Result":
             returns = [discounted_returns(episode.rewards, args.gamma) for episode in episodes]
             returns = normalize_returns(returns) if args.normalize_returns else torch.cat(returns)
             batch = obs.to(device), actions.to(device), returns.to(device)
-            metrics = update(policy, optimizer, *batch, len(episodes))
+            metrics = update(policy, optimizer, *batch, args)
 
             # Log, evaluate, save.
             run.log(metrics | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
@@ -270,7 +298,7 @@ def train(args: Args) -> "Result":
 
 def play(args: Args, policy: Policy, obs: np.ndarray) -> np.ndarray:
     """How the trained policy is evaluated: observations (N, O) -> actions (N,)."""
-    return act(policy, obs, greedy=True)
+    return act(Actor(policy), obs)
 
 
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
@@ -349,6 +377,20 @@ def check(args: "Args") -> None:
                 raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
     if args.resume is not None and args.evaluate is not None:
         raise ValueError("--resume and --evaluate exclude each other")
+
+
+def compiled(function: Callable, args: Args, dynamic: bool = False) -> Callable:
+    """With --compile, the function as one graph of fused kernels; the same lines without it.
+
+    It is compiled anew for each new shape; if dynamic, once for all shapes.
+    """
+    return compile_once(function, dynamic) if args.compile else function
+
+
+@cache
+def compile_once(function: Callable, dynamic: bool) -> Callable:
+    """Compiles at the first call."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 def make_flat_env(args: Args, render_mode: str | None) -> gym.Env:
@@ -476,6 +518,11 @@ class Run:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(args.num_threads or os.cpu_count())
             torch.backends.cudnn.deterministic = True
+            if args.compile:  # fails now, not at the first gradient step
+                with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
+                    torch.compiler.reset()  # what other runs of this process have compiled
+                    torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
+                    torch.compile(torch.sin)(torch.zeros(8, device=args.device))
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with as_usage_error("cannot write", OSError):  # or it is locked by another process

@@ -153,18 +153,18 @@ def check_ppo_statistics(script, tmp_path, monkeypatch, **settings):
     All observations are counted, once; those of the evaluation are not.
     """
     counts = []
-    for name in ("act", "make_batch", "update"):
+    for name in ("Actor", "make_batch", "update"):
         def noting(agent, *others, name=name, function=getattr(script, name), **keywords):
             counts.append((name, agent.obs_statistics.count.item()))
             return function(agent, *others, **keywords)
 
         monkeypatch.setattr(script, name, noting)
     network = train(script, tmp_path, **settings)[0]["network"]
-    a_round = ["act"] * 20 + ["make_batch"] + ["update"] * 4
+    a_round = ["Actor", "make_batch"] + ["update"] * 4
     total = settings["total_timesteps"]
     expected = [(name, before) for before in range(0, total, 60) for name in a_round]
     assert counts[: len(expected)] == expected
-    assert set(counts[len(expected) :]) == {("act", total)}
+    assert set(counts[len(expected) :]) == {("Actor", total)}
     seen = np.array([step[0] for _, step in side_by_side(3)])
     np.testing.assert_allclose(network["obs_statistics.mean"], seen.mean(0), rtol=1e-4)
     np.testing.assert_allclose(network["obs_statistics.variance"], seen.var(0), rtol=1e-3)

@@ -3,6 +3,7 @@
 What is the same text in all scripts is tried in many ways in test_plumbing.py, with one of them.
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -166,6 +167,28 @@ def test_killed_and_resumed_is_as_if_nothing_happened(script, bench, reference):
                 [*json.loads(path.read_text()).values()][1:4] for path in (ours, theirs)
             )
         assert same(ours, theirs), name
+
+
+@pytest.mark.slow
+def test_compiled_it_computes_the_same_and_resumes_exactly(script, bench, reference):
+    """To rounding, which is a small part of what was learned. Needs a C++ compiler."""
+    tiny, start = f"{description(script).TINY} --compile", time.monotonic()
+    compiled = learned(bench.train(tiny))
+    seconds = time.monotonic() - start
+    module = importlib.import_module(script)
+    args = module.Args(**state(reference.run_dir)["args"])
+    torch.manual_seed(args.seed)
+    with contextlib.closing(module.Envs(args, 1, module.EVALUATION)) as envs:
+        begun = dict(module.make_network(args, envs).named_parameters())
+
+    def distance(ours, theirs):
+        return math.sqrt(sum((ours[n] - theirs[n]).square().sum().item() for n in begun))
+
+    eager = learned(reference.run_dir)["network"]
+    assert distance(compiled["network"], eager) < 0.2 * distance(begun, eager)
+    shutil.rmtree(bench.folder / "runs")
+    run_dir = kill(bench, tiny, seconds)
+    assert same(learned(bench.train(f"--resume {run_dir}")), compiled)
 
 
 def test_evaluate_repeats_the_result_and_changes_nothing(bench, reference):

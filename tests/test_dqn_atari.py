@@ -391,22 +391,6 @@ def test_running_statistics_are_those_of_all_rows():
     torch.testing.assert_close(statistics.variance, rows.var(0, correction=0))
 
 
-@pytest.mark.slow
-def test_compiled_networks_compute_the_same():
-    """An update, too. Needs a compiler, and half a minute."""
-    results = []
-    for compiled in (False, True):
-        networks = [make_network(), make_network()]
-        if compiled:
-            for network in networks:
-                network.compile()
-        optimizer = torch.optim.SGD(networks[0].parameters(), lr=0.1)
-        metrics = script.update(*networks, optimizer, random_batch(), script.Args())
-        results.append([metrics["losses/td_loss"], *networks[0].state_dict().values()])
-    for plain, compiled in zip(*results):
-        torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
-
-
 # ---- Actions and updates -------------------------------------------------------------------------
 
 
@@ -714,11 +698,11 @@ def test_a_run_without_its_buffer_can_be_evaluated_but_not_resumed(tmp_path):
 
 @pytest.mark.slow
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
-    """But for three, of the emulator, the evaluation, and the compiler."""
+    """But for two, of the emulator and the evaluation."""
     check_settings(script, lambda **changes: train(tmp_path, **changes), dict(
         seed=2, total_timesteps=404, num_envs=3, learning_rate=1e-3, adam_epsilon=1e-8,
         anneal_lr=True, buffer_size=100, gamma=0.5, tau=0.5, target_network_frequency=80,
         batch_size=5, start_e=0.5, end_e=0.5, exploration_fraction=1.0, learning_starts=60,
         train_frequency=8, double_q=True, loss="squared", max_grad_norm=0.01, norm_obs=True,
         precision="bfloat16",
-    ), others={"sticky_actions": 0.0, "eval_epsilon": 0.5, "compile": False})  # fmt: skip
+    ), others={"sticky_actions": 0.0, "eval_epsilon": 0.5})  # fmt: skip

@@ -3,6 +3,7 @@
 What dqn_atari.py has word for word is tested here for both.
 """
 
+import itertools
 import math
 
 import dqn_cartpole as script
@@ -50,7 +51,7 @@ SPEED = {
                 "Linear(120, 84": "Linear(128, 128",
                 "Linear(84": "Linear(128",
             },
-            "equal": "one environment",
+            "equal": "one environment, compiled",
         },
         "Stable-Baselines3's DQN": {
             "env_id": "CartPole-v1",
@@ -68,13 +69,35 @@ SPEED = {
                 "policy_kwargs": {"net_arch": [128, 128]},
                 "device": "cpu",
             },
-            "equal": "ten environments",
+            "equal": "ten environments, compiled",
+        },
+        "SBX's DQN": {
+            "env_id": "CartPole-v1",
+            "num_envs": 10,
+            "settings": {
+                "buffer_size": 10_000,
+                "learning_starts": 10_000,
+                "batch_size": 128,
+                "train_freq": 1,
+                "gradient_steps": 1,
+                "target_update_interval": 500,
+                "exploration_initial_eps": 0.05,
+                "exploration_final_eps": 0.05,
+                "learning_rate": 2.5e-4,
+                "policy_kwargs": {"net_arch": [128, 128]},
+            },
+            "equal": "ten environments, compiled",
         },
     },
     "flags": "--learning-starts 10000 --start-e 0.05 --end-e 0.05 --buffer-size 10000 "
     "--train-frequency 10 --target-network-frequency 500 --batch-size 128 --hidden-size 128 "
     "--learning-rate 2.5e-4 --no-anneal-lr",
-    "variants": {"ten environments": "--num-envs 10", "one environment": "--num-envs 1"},
+    "variants": {
+        "ten environments, compiled": "--num-envs 10 --compile",
+        "ten environments": "--num-envs 10",
+        "one environment, compiled": "--num-envs 1 --compile",
+        "one environment": "--num-envs 1",
+    },
     "floors": {"floor": "12000 16000 --num-envs 10"},
 }
 
@@ -132,7 +155,7 @@ def test_updates_find_the_values_of_value_iteration():
         values = expected.max(1)
         for s, a, reward, following, terminated in process:
             expected[s, a] = reward + 0.9 * values[following] * (not terminated)
-        script.update(q_network, target_network, optimizer, batch, 0.9)
+        script.update(q_network, target_network, optimizer, batch, script.Args(gamma=0.9))
         script.update_target(target_network, q_network, 1.0)
     np.testing.assert_allclose(q_network.q.detach(), expected, atol=1e-6)
 
@@ -143,7 +166,7 @@ def test_update_takes_one_step_down_the_gradient_and_reports():
     batch = batch_of(2, [(0, 1, 2.0, 1, False), (1, 0, 4.0, 1, True)])
     optimizer = torch.optim.SGD(q_network.parameters(), lr=0.1)
     q_network.q.grad = torch.ones(2, 2).double()  # what is left over is no matter
-    metrics = script.update(q_network, target_network, optimizer, batch, 0.5)
+    metrics = script.update(q_network, target_network, optimizer, batch, script.Args(gamma=0.5))
     expected = torch.tensor([[1.0, 3 + 0.1 * 2], [7 - 0.1 * 3, 8.0]]).double()  # of the mean of two
     torch.testing.assert_close(q_network.q.detach(), expected)
     assert target_network.q.grad is None and target_network.q.tolist() == [[0, 0], [4, 6]]
@@ -172,27 +195,35 @@ def test_hidden_size_is_the_width_of_both_layers():
 # ---- act -----------------------------------------------------------------------------------------
 
 
-class Likes(nn.Module):
+def likes(obs):
     """The action of the largest value is the observation's first number, modulo 3."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, obs):
-        return self.scale * nn.functional.one_hot(obs[:, 0].long() % 3, 3) - 1
+    return 2 * np.eye(3)[obs[:, 0].astype(int) % 3] - 1
 
 
 def test_without_epsilon_every_environment_gets_the_action_it_likes():
     obs = np.tile(np.float32([[2], [0], [1], [5]]), (50, 1))
-    assert script.act(Likes(), obs, 0.0).tolist() == [2, 0, 1, 2] * 50
-    assert script.play(script.Args(), Likes(), obs).tolist() == [2, 0, 1, 2] * 50
+    assert script.act(likes, obs, 0.0).tolist() == [2, 0, 1, 2] * 50
+
+
+def test_the_actor_is_the_q_network_also_after_an_update():
+    """And the evaluation is greedy."""
+    torch.manual_seed(0)
+    q_network, obs = script.QNetwork(4, 3, 8), torch.randn(50, 4)
+    actor = script.Actor(q_network)
+    for _ in range(2):
+        q_values = q_network(obs).detach()
+        np.testing.assert_allclose(actor(obs.numpy()), q_values, rtol=1e-4, atol=1e-6)
+        found = script.play(script.Args(), q_network, obs.numpy())
+        assert found.tolist() == q_values.argmax(1).tolist() and len(set(found)) > 1
+        with torch.no_grad():
+            for weights in q_network.parameters():
+                weights += 0.3 * torch.randn_like(weights)
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1.0])
 def test_epsilon_is_the_probability_of_any_action_for_each_environment_apart(epsilon):
     torch.manual_seed(0)
-    actions = script.act(Likes(), np.ones((40_000, 1), np.float32), epsilon)
+    actions = script.act(likes, np.ones((40_000, 1), np.float32), epsilon)
     shares = np.bincount(actions, minlength=3) / 40_000
     expected = epsilon / 3 + (1 - epsilon) * np.array([0, 1, 0])
     np.testing.assert_allclose(shares, expected, atol=0.01)  # 4 standard errors
@@ -304,7 +335,7 @@ def test_the_loop_does_each_thing_when_it_is_due(
     learning_starts, anneal,
 ):  # fmt: skip
     """In a plain loop over the steps: first a round of them, then what is due after each."""
-    notes, actors, networks = [], set(), set()
+    notes, networks = [], set()
 
     def spy(name, note):
         def spying(*arguments, function=getattr(script, name), **keywords):
@@ -313,16 +344,15 @@ def test_the_loop_does_each_thing_when_it_is_due(
 
         monkeypatch.setattr(script, name, spying)
 
-    def note_update(q_network, target_network, optimizer, batch, gamma):
+    def note_update(q_network, target_network, optimizer, batch, args):
         networks.add((q_network, target_network))
-        return optimizer.param_groups[0]["lr"], type(optimizer), len(batch.obs), gamma
+        return optimizer.param_groups[0]["lr"], type(optimizer), len(batch.obs), args.gamma
 
     def note_target(target_network, q_network, tau):
         networks.add((q_network, target_network))
         return tau
 
-    def note_act(q_network, obs, epsilon):
-        actors.add(q_network)
+    def note_act(actor, obs, epsilon):
         return obs.tolist(), epsilon
 
     spy("act", note_act)
@@ -347,7 +377,7 @@ def test_the_loop_does_each_thing_when_it_is_due(
     evaluation = notes[len(expected) :]
     assert evaluation and all(name == "act" and note[1] == 0 for name, note in evaluation)
     ((q_network, target_network),) = networks
-    assert q_network is not target_network and actors == {q_network}
+    assert q_network is not target_network
 
 
 def test_every_environment_gets_the_action_that_was_chosen_for_it(tmp_path, monkeypatch):
@@ -355,16 +385,15 @@ def test_every_environment_gets_the_action_that_was_chosen_for_it(tmp_path, monk
     acts = recorded(monkeypatch, script, "act")
     state, _ = train(script, tmp_path, **FEW | {"start_e": 0.0, "end_e": 0.0, "seed": 3})
     chosen = {}
-    for (q_network, obs, *_), actions in acts:
-        assert actions.tolist() == q_network(torch.from_numpy(obs)).argmax(1).tolist()
+    for (_, obs, *_), actions in acts:
         chosen |= {tuple(row): action for row, action in zip(obs.tolist(), actions.tolist())}
     steps = [step for env in Diary.made for step in env.steps]
     assert all(chosen[tuple(before)] == action for before, action, *_ in steps)
     torch.manual_seed(3)
-    first, last = script.QNetwork(2, 3, 16).state_dict(), acts[-1][0][0].state_dict()
-    for name, weights in state["network"].items():
-        assert torch.equal(acts[0][0][0].state_dict()[name], first[name])
-        assert torch.equal(last[name], weights)
+    first = script.QNetwork(2, 3, 16).state_dict()
+    for weights, ((actor, *_), _) in (first, acts[0]), (state["network"], acts[-1]):
+        for expected, found in zip(weights.values(), itertools.chain(*actor.layers), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_at_the_start_the_target_network_is_the_q_network(tmp_path):

@@ -346,21 +346,6 @@ def test_equal_advantages_have_no_deviation_to_divide_by():
     assert metrics["losses/policy_loss"] == 0 and table.numbers.isfinite().all()
 
 
-@pytest.mark.slow
-def test_compiled_networks_compute_the_same():
-    """An update, too. Needs a compiler, and half a minute."""
-    results = []
-    for compiled in (False, True):
-        agent = make_agent()
-        if compiled:
-            agent.compile()
-        optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
-        metrics = script.update(agent, optimizer, example_batch(), script.Args())
-        results.append([metrics["losses/value_loss"], *agent.state_dict().values()])
-    for plain, compiled in zip(*results):
-        torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("size, parts, epochs", [(12, 4, 3), (13, 4, 2), (5, 1, 2)])
 def test_every_epoch_has_every_step_once_in_another_order(monkeypatch, size, parts, epochs):
     seen = []
@@ -509,10 +494,10 @@ def test_explained_variance_is_of_the_returns(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
-    """But for two, of the emulator and the compiler."""
+    """But for one, of the emulator."""
     check_settings(script, lambda **changes: train(tmp_path, **changes), dict(
         seed=2, total_timesteps=300, num_envs=3, learning_rate=1e-3, anneal_lr=False, num_steps=10,
         gamma=0.5, gae_lambda=0.5, num_minibatches=3, update_epochs=1, norm_adv=False,
         clip_coef=0.01, clip_vloss=False, ent_coef=0.1, vf_coef=0.1, max_grad_norm=0.1,
         norm_obs=True, precision="bfloat16",
-    ), others={"sticky_actions": 0.0, "compile": False})  # fmt: skip
+    ), others={"sticky_actions": 0.0})  # fmt: skip

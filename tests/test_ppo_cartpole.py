@@ -43,7 +43,7 @@ SPEED = {
     "steps": 60_000,
     "first": 5_000,
     "peers": {
-        "CleanRL's ppo.py": {"flags": "", "equal": "four environments"},
+        "CleanRL's ppo.py": {"flags": "--no-clip-vloss", "equal": "four environments, compiled"},
         "Stable-Baselines3's PPO": {
             "env_id": "CartPole-v1",
             "num_envs": 4,
@@ -53,15 +53,29 @@ SPEED = {
                 "n_epochs": 4,
                 "learning_rate": 2.5e-4,
                 "ent_coef": 0.01,
-                "clip_range_vf": 0.2,
                 "device": "cpu",
             },
-            "equal": "four environments",
+            "equal": "four environments, compiled",
+        },
+        "SBX's PPO": {
+            "env_id": "CartPole-v1",
+            "num_envs": 4,
+            "settings": {
+                "n_steps": 128,
+                "batch_size": 128,
+                "n_epochs": 4,
+                "learning_rate": 2.5e-4,
+                "ent_coef": 0.01,
+            },
+            "equal": "four environments, compiled",
         },
     },
     "flags": "--num-steps 128 --num-minibatches 4 --update-epochs 4 --gamma 0.99 "
     "--gae-lambda 0.95 --ent-coef 0.01 --learning-rate 2.5e-4",
-    "variants": {"four environments": "--num-envs 4"},
+    "variants": {
+        "four environments, compiled": "--num-envs 4 --compile",
+        "four environments": "--num-envs 4",
+    },
     "floors": {"floor": "1024 5120 --num-envs 4"},
 }
 
@@ -302,16 +316,31 @@ def test_actions_are_as_frequent_as_the_policy_says():
     """Each environment has its own, independent of the others."""
     torch.manual_seed(0)
     probabilities = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
-    table, obs = Table(probabilities.log(), torch.zeros(2)), np.eye(2, dtype=np.float32)
-    actions = script.act(table, np.tile(obs, (20_000, 1))).reshape(20_000, 2)
+    logits, obs = probabilities.log().numpy(), np.tile(np.eye(2, dtype=np.float32), (20_000, 1))
+    actions = script.act(lambda obs: obs @ logits, obs, script.gumbel_noise(40_000, 3))
+    actions = actions.reshape(20_000, 2)
     for i in range(2):
         shares = np.bincount(actions[:, i], minlength=3) / 20_000
         np.testing.assert_allclose(shares, probabilities[i], atol=0.015)
     both = (actions[:, 0] == 2) & (actions[:, 1] == 0)
     assert both.mean() == pytest.approx(0.7 * 0.5, abs=0.015)
-    obs = np.tile(obs, (100, 1))
-    assert script.act(table, obs, greedy=True).tolist() == [2, 0] * 100
-    assert script.play(script.Args(), table, obs).tolist() == [2, 0] * 100
+    assert script.act(lambda obs: obs @ logits, obs[:200]).tolist() == [2, 0] * 100
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_the_actor_is_the_agents_also_after_an_update(norm_obs):
+    """And the evaluation is greedy."""
+    torch.manual_seed(0)
+    agent, obs = script.Agent(4, 3, norm_obs), torch.randn(50, 4)
+    actor = script.Actor(agent)
+    for _ in range(2):
+        logits = agent(obs)[0].detach()
+        np.testing.assert_allclose(actor(obs.numpy()), logits, rtol=1e-4, atol=1e-6)
+        found = script.play(script.Args(), agent, obs.numpy())
+        assert found.tolist() == logits.argmax(1).tolist() and len(set(found)) > 1
+        with torch.no_grad():
+            for weights in agent.parameters():
+                weights += 0.3 * torch.randn_like(weights)
 
 
 def test_the_network_starts_orthogonal_and_the_policy_nearly_uniform():
@@ -354,7 +383,7 @@ def test_acting_and_learning_see_normalised_observations():
         logits, values = ours(obs)
         torch.testing.assert_close(logits, ours.actor(normalised))
         torch.testing.assert_close(values, ours.critic(normalised).squeeze(-1))
-        assert script.act(ours, obs.numpy(), greedy=True).tolist() == logits.argmax(-1).tolist()
+        assert script.act(script.Actor(ours), obs.numpy()).tolist() == logits.argmax(-1).tolist()
 
 
 def test_rewards_are_divided_by_the_deviation_of_the_sums_so_far():
@@ -408,7 +437,7 @@ def test_every_environment_gets_the_action_for_what_it_shows(tmp_path, monkeypat
     def choose(obs):
         return (obs[:, 0] * 1000).astype(int) % 3
 
-    monkeypatch.setattr(script, "act", lambda agent, obs, greedy=False: choose(obs))
+    monkeypatch.setattr(script, "act", lambda actor, obs, noise=0.0: choose(obs))
     train(script, tmp_path, **FEW)
     seen, chosen, *_ = zip(*(step for env in Diary.made for step in env.steps))
     assert list(chosen) == choose(np.array(seen, np.float32)).tolist() and len(set(chosen)) == 3

@@ -48,8 +48,8 @@ SPEED = {
     "first": 2_048,
     "peers": {
         "CleanRL's ppo_continuous_action.py": {
-            "flags": "--env-id Pendulum-v1",
-            "equal": "one environment",
+            "flags": "--env-id Pendulum-v1 --no-clip-vloss",
+            "equal": "one environment, compiled",
         },
         "Stable-Baselines3's PPO": {
             "env_id": "Pendulum-v1",
@@ -60,15 +60,29 @@ SPEED = {
                 "batch_size": 64,
                 "n_epochs": 10,
                 "learning_rate": 3e-4,
-                "clip_range_vf": 0.2,
                 "device": "cpu",
             },
-            "equal": "one environment",
+            "equal": "one environment, compiled",
+        },
+        "SBX's PPO": {
+            "env_id": "Pendulum-v1",
+            "num_envs": 1,
+            "normalize": True,
+            "settings": {
+                "n_steps": 2048,
+                "batch_size": 64,
+                "n_epochs": 10,
+                "learning_rate": 3e-4,
+            },
+            "equal": "one environment, compiled",
         },
     },
     "flags": "--env-id Pendulum-v1 --num-steps 2048 --num-minibatches 32 --update-epochs 10 "
     "--gamma 0.99 --gae-lambda 0.95 --learning-rate 3e-4 --ent-coef 0",
-    "variants": {"one environment": "--num-envs 1"},
+    "variants": {
+        "one environment, compiled": "--num-envs 1 --compile",
+        "one environment": "--num-envs 1",
+    },
     "floors": {"floor": "2048 6144 --num-envs 1"},
 }
 
@@ -103,12 +117,14 @@ def test_actions_are_distributed_as_the_policy_says():
     agent, obs = make_agent(), np.float32([[1, 2, 3]])
     agent.log_std.data[:] = torch.tensor([-1.0, 0.5])
     means = agent(torch.tensor(obs))[0].detach().numpy()
-    actions = script.act(agent, np.tile(obs, (50_000, 1)))
+    torch.manual_seed(0)
+    noise = script.sample_noise(agent, 50_000)
+    actions = script.act(script.Actor(agent), np.tile(obs, (50_000, 1)), noise)
     np.testing.assert_allclose(actions.mean(0), means[0], atol=0.03)
     np.testing.assert_allclose(actions.std(0), [math.exp(-1), math.exp(0.5)], rtol=0.02)
     neighbours = np.column_stack([actions[::2], actions[1::2]])  # of two environments
     assert abs(np.corrcoef(neighbours.T) - np.eye(4)).max() < 0.03  # independent, all four
-    np.testing.assert_allclose(script.act(agent, obs, greedy=True), means, rtol=1e-6)
+    np.testing.assert_allclose(script.act(script.Actor(agent), obs), means, rtol=1e-6)
 
 
 def test_acting_and_learning_see_normalised_observations():
@@ -118,7 +134,7 @@ def test_acting_and_learning_see_normalised_observations():
     means, values = agent(obs)
     torch.testing.assert_close(means, agent.actor(normalised))
     torch.testing.assert_close(values, agent.critic(normalised).squeeze(-1))
-    found = torch.from_numpy(script.act(agent, obs.numpy(), greedy=True))
+    found = torch.from_numpy(script.act(script.Actor(agent), obs.numpy()))
     torch.testing.assert_close(found, means.detach())
 
 
@@ -129,14 +145,14 @@ def test_each_number_of_an_action_has_bounds_of_its_own():
     agent = make_agent(low=(-2, 0, 10), high=(2, 1, 30))
     actions = np.float32([[0, 0, 0], [-1, -1, -1], [1, 1, 1], [0.5, -0.5, 0.1], [-9, 9, 1.01]])
     expected = [[0, 0.5, 20], [-2, 0, 10], [2, 1, 30], [1, 0.25, 21], [-2, 1, 30]]
-    np.testing.assert_allclose(script.to_bounds(agent, actions), expected, rtol=1e-6)
+    np.testing.assert_allclose(script.to_bounds(script.Actor(agent), actions), expected, rtol=1e-6)
 
 
 def test_rounding_does_not_leave_the_bounds():
     low, high = np.float32([-1, -0.7]), np.float32([0.1, 0.3])
     agent = make_agent(low=low, high=high)
     for end in (-1, 1):
-        found = script.to_bounds(agent, np.full((1, 2), end, np.float32))
+        found = script.to_bounds(script.Actor(agent), np.full((1, 2), end, np.float32))
         assert (found >= low).all() and (found <= high).all()
 
 
@@ -217,11 +233,11 @@ def test_rollouts_are_what_really_happened(tmp_path, monkeypatch):
     agent = make_agent(obs_size=2)
     agent.load_state_dict(state["network"])
     means = agent(torch.tensor(obs))[0].detach().numpy()
-    np.testing.assert_allclose(actions, script.to_bounds(agent, means), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(actions, script.to_bounds(script.Actor(agent), means), rtol=1e-4, atol=1e-6)
 
 
 def test_every_environment_gets_the_action_for_what_it_shows(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "act", lambda agent, obs, greedy=False: 2 * obs - 1)
+    monkeypatch.setattr(script, "act", lambda actor, obs, noise=0.0: 2 * obs - 1)
     train(script, tmp_path, **FEW)
     seen, chosen, *_ = zip(*(step for env in Diary.made for step in env.steps))
     expected = np.array([-2, 0]) + np.array([4, 10]) * np.array(seen)

@@ -154,13 +154,13 @@ def test_update_takes_one_step_down_the_gradient():
     optimizer = torch.optim.SGD(bandit.parameters(), lr=0.1)
     obs, actions = torch.zeros(2, 1), torch.tensor([1, 0])
     returns = torch.tensor([6.0, 0.0]).double()
-    metrics = script.update(bandit, optimizer, obs, actions, returns, 2)
+    metrics = script.update(bandit, optimizer, obs, actions, returns, script.Args(num_envs=2))
     expected = torch.tensor([-0.1, 0.2, -0.1]).double()
     torch.testing.assert_close(bandit.theta.detach(), expected)
     assert metrics["losses/policy_loss"].item() == pytest.approx(6 * math.log(3) / 2)
     assert metrics["losses/entropy"].item() == pytest.approx(math.log(3))
     assert not any(value.requires_grad for value in metrics.values())
-    script.update(bandit, optimizer, obs, actions, 0 * returns, 2)  # the old gradient is gone
+    script.update(bandit, optimizer, obs, actions, 0 * returns, script.Args(num_envs=2))
     torch.testing.assert_close(bandit.theta.detach(), expected)
 
 
@@ -176,17 +176,35 @@ def test_the_first_policy_is_uniform_and_can_learn():
 def test_actions_are_as_frequent_as_the_policy_says():
     """Each environment has its own, independent of the others."""
     torch.manual_seed(0)
-    probabilities, policy = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]), nn.Linear(2, 3)
-    policy.weight.data, policy.bias.data = probabilities.log().T, torch.zeros(3)
-    obs = np.tile(np.eye(2, dtype=np.float32), (20_000, 1))
-    actions = script.act(policy, obs).reshape(20_000, 2)
+    probabilities = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
+    logits, obs = probabilities.log().numpy(), np.tile(np.eye(2, dtype=np.float32), (20_000, 1))
+    actions = script.act(lambda obs: obs @ logits, obs, script.gumbel_noise(40_000, 3))
+    actions = actions.reshape(20_000, 2)
     for i in range(2):
         shares = np.bincount(actions[:, i], minlength=3) / 20_000
         np.testing.assert_allclose(shares, probabilities[i], atol=0.015)
     both = (actions[:, 0] == 2) & (actions[:, 1] == 0)
     assert both.mean() == pytest.approx(0.7 * 0.5, abs=0.015)
-    assert script.act(policy, obs[:200], greedy=True).tolist() == [2, 0] * 100
-    assert script.play(script.Args(), policy, obs[:200]).tolist() == [2, 0] * 100
+    assert script.act(lambda obs: obs @ logits, obs[:200]).tolist() == [2, 0] * 100
+
+
+def make_policy():
+    torch.manual_seed(0)
+    policy = script.Policy(2, 3)
+    nn.init.normal_(policy.layers[-1].weight)
+    policy.layers[-1].bias.data -= policy(torch.rand(1000, 2)).mean(0)  # no action is always best
+    return policy
+
+
+def test_the_actor_is_the_policy_also_after_an_update():
+    policy, obs = make_policy(), torch.randn(50, 2)
+    actor = script.Actor(policy)
+    for _ in range(2):
+        logits = policy(obs).detach()
+        np.testing.assert_allclose(actor(obs.numpy()), logits, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for weights in policy.parameters():
+                weights += 0.3 * torch.randn_like(weights)
 
 
 # ---- Episodes, the loop --------------------------------------------------------------------------
@@ -224,12 +242,12 @@ def test_every_environment_gets_the_action_for_what_it_shows(monkeypatch):
     def choose(obs):
         return (obs[:, 0] * 1000).astype(int) % 3
 
-    monkeypatch.setattr(script, "act", lambda policy, obs, greedy=False: choose(obs))
+    monkeypatch.setattr(script, "act", lambda actor, obs, noise=0.0: choose(obs))
     Diary.made.clear()
     envs = script.Envs(script.Args(**FEW), 4, script.TRAINING)
     envs.reset()
     for _ in range(10):
-        script.play_episodes(envs, None)
+        script.play_episodes(envs, make_policy())
     seen, chosen, *_ = zip(*(step for env in Diary.made for step in env.steps))
     assert list(chosen) == choose(np.array(seen, np.float32)).tolist() and len(set(chosen)) == 3
 
@@ -248,8 +266,8 @@ def test_an_update_is_of_one_episode_of_each_environment(
     assert torch.equal(updates[0][0][0].layers[0].weight, first)
     played, step, rates, losses = [], 0, [], []
     for episodes, (arguments, metrics) in zip(zip(*map(episodes_of, Diary.made[:4])), updates):
-        _, optimizer, obs, actions, returns, num_episodes = arguments
-        assert type(optimizer) is torch.optim.Adam and num_episodes == 4 and step < 600
+        _, optimizer, obs, actions, returns, args = arguments
+        assert type(optimizer) is torch.optim.Adam and args.num_envs == 4 and step < 600
         rates.append(1e-2 * (1 - step / 600) if anneal_lr else 1e-2)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
         assert obs.tolist() == [step[0] for episode in episodes for step in episode]
@@ -279,9 +297,7 @@ def test_an_update_is_of_one_episode_of_each_environment(
 
 def test_evaluation_is_greedy_and_plays_so_many_episodes(capsys):
     """Mean return and mean length over 7 whole episodes; the random numbers go on as before."""
-    policy = nn.Linear(2, 3)
-    policy.weight.data = torch.tensor([[1.0, -1], [-1, 1], [0, 0]])
-    policy.bias.data = torch.zeros(3)
+    policy = make_policy()
     Diary.made.clear()
     torch.manual_seed(5)
     result = script.evaluate(script.Args(**FEW | {"num_envs": 3, "eval_episodes": 7}), policy)

@@ -1,13 +1,15 @@
-"""Trains with Stable-Baselines3, for speed.py: python sb3.py ALGORITHM SEED STEPS FIRST PEER
+"""Trains with a library of Stable-Baselines3's family, for speed.py:
 
-PEER is the JSON of a peer in SPEED (speed.py). Prints the steps per second after step FIRST.
+    python sb3.py LIBRARY ALGORITHM SEED STEPS FIRST PEER
+
+LIBRARY is stable_baselines3, sb3_contrib or sbx. PEER is the JSON of a peer in SPEED (speed.py). Prints the steps per second after step FIRST.
 """
 
+import importlib
 import json
 import sys
 import time
 
-import stable_baselines3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
@@ -27,8 +29,9 @@ class Clock(BaseCallback):
         self.times.append((self.num_timesteps, time.perf_counter()))
 
 
-algorithm, seed, steps, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-peer = json.loads(sys.argv[5])
+library, algorithm = importlib.import_module(sys.argv[1]), sys.argv[2]
+seed, steps, first = map(int, sys.argv[3:6])
+peer = json.loads(sys.argv[6])
 env_id, num_envs, policy = peer["env_id"], peer["num_envs"], "MlpPolicy"
 if "NoFrameskip" in env_id:
     import ale_py.registration
@@ -40,7 +43,7 @@ else:
     envs = make_vec_env(env_id, n_envs=num_envs, seed=seed)
 if peer.get("normalize"):
     envs = VecNormalize(envs)
-model = getattr(stable_baselines3, algorithm)(policy, envs, seed=seed, **peer["settings"])
+model = getattr(library, algorithm)(policy, envs, seed=seed, **peer["settings"])
 clock = Clock()
 model.learn(steps, callback=clock)
 times = [point for point in clock.times if point[0] >= first]

@@ -4,7 +4,8 @@
     python tests/benchmarks/speed.py SCRIPT --cleanrl DIR --cleanrl-python DIR/venv/bin/python
 
 DIR is a clone of CleanRL, whose Python has what its programs import; they are run as they are, but
-for the settings below. --sb3-python is a Python that has Stable-Baselines3.
+for the settings below. --sb3-python is a Python that has Stable-Baselines3 and sb3-contrib, --sbx-python
+one that has SBX, its form in JAX.
 
 Machines are noisy: nothing else may run meanwhile, and only medians and ratios mean something.
 Every figure is of a whole training, with its gradient steps and its logs, without start-up,
@@ -18,7 +19,8 @@ What is measured stands in SPEED in tests/test_<script>.py, a literal:
     "peers"     the other programs by name; the first is what all are compared with. The first word
                 of its name says whose it is, the last one which:
                     CleanRL's FILE             "flags"; "replace": text of the program to replace
-                    Stable-Baselines3's CLASS  "env_id", "num_envs", "normalize", "settings"
+                    Stable-Baselines3's CLASS  "env_id", "num_envs", "normalize", "settings";
+                                               so for sb3-contrib's and SBX's
                     any other name             "file" beside this one, called with SEED STEPS
                 "steps", if they are not those of all. "equal" names the variant of ours that runs
                 under the same conditions: as many environments, the same precision. Only its speed
@@ -43,6 +45,12 @@ from statistics import median
 
 from learn import HERE, SCRIPTS, constant, processor, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+LIBRARIES = {  # whose Python, and the name of the module
+    "Stable-Baselines3's": ("sb3_python", "stable_baselines3"),
+    "sb3-contrib's": ("sb3_python", "sb3_contrib"),
+    "SBX's": ("sbx_python", "sbx"),
+}
 
 Measurement = tuple[float, float]  # steps per second, GB
 
@@ -101,8 +109,9 @@ def measure_peer(options, name: str, peer: dict, steps: int, first: int, seed: i
     owner, program, steps = name.split()[0], name.split()[-1], peer.get("steps", steps)
     if owner == "CleanRL's":
         return cleanrl(options, program, peer, steps, first, seed)
-    if owner == "Stable-Baselines3's":
-        command = [options.sb3_python, HERE / "sb3.py", program, seed, steps, first]
+    if owner in LIBRARIES:
+        python, library = getattr(options, LIBRARIES[owner][0]), LIBRARIES[owner][1]
+        command = [python, HERE / "sb3.py", library, program, seed, steps, first]
         out, memory = run(*command, json.dumps(peer))
         return float(out.split()[-1]), memory
     out, memory = run(sys.executable, HERE / peer["file"], seed, steps)
@@ -129,7 +138,8 @@ def programs(script: str, options: argparse.Namespace) -> dict:
     for name, peer in speed["peers"].items():
         if name.startswith("CleanRL's") and not options.cleanrl:
             continue
-        if name.startswith("Stable-Baselines3's") and not options.sb3_python:
+        option = LIBRARIES.get(name.split()[0], [None])[0]
+        if option and not getattr(options, option):
             continue
         rows[name] = lambda seed, n=name, p=peer: measure_peer(options, n, p, steps, first, seed)
     for name, more in speed["variants"].items():
@@ -146,7 +156,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cleanrl", help="a clone of CleanRL")
     parser.add_argument("--cleanrl-python", default=sys.executable)
-    parser.add_argument("--sb3-python", help="a Python that has Stable-Baselines3")
+    parser.add_argument("--sb3-python", help="a Python that has Stable-Baselines3 and sb3-contrib")
+    parser.add_argument("--sbx-python", help="a Python that has SBX")
     options = parser.parse_args()
     head = {
         "rounds": f"{options.rounds}, in turn, one after another",
@@ -161,6 +172,8 @@ def main() -> None:
     if options.sb3_python:
         packages = ("stable-baselines3", "torch", "gymnasium")
         head["Stable-Baselines3"] = versions(options.sb3_python, *packages)
+    if options.sbx_python:
+        head["SBX"] = versions(options.sbx_python, "sbx-rl", "jax", "gymnasium")
     for script in options.script:
         rows, measured = [["name", "round", "steps/s", "memory"]], {}
         for round_ in range(1, options.rounds + 1):
