@@ -8,14 +8,16 @@
 r"""Truncated quantile critics (TQC) for flat observations and continuous actions.
 
 Paper    Kuznetsov et al. (2020), "Controlling overestimation bias with truncated mixture of
-         continuous distributional quantile critics", Algorithm 1. What is not new in it is
-         of Haarnoja et al. (2018), "Soft actor-critic algorithms and applications".
-Idea     Soft actor-critic (SAC) with other critics and another target; the rest is the same. A
-         policy that seeks high values finds those that are too high, so SAC believes the lesser of
-         two critics. Here C critics each predict M quantiles of Z(s, a), the random return, with
+         continuous distributional quantile critics", Algorithm 1; for what it takes from SAC,
+         Haarnoja et al. (2018), "Soft actor-critic algorithms and applications".
+Idea     Soft actor-critic (SAC) with other critics and another target. A policy that seeks high
+         values finds those that are too high, so SAC believes the lesser of two critics. Here each
+         of C critics predicts M quantiles theta_m of Z(s, a), the return as a random number, with
          the entropy of all later decisions counted in. The target pools the quantiles of all
-         critics and drops the highest, d for each critic: a remedy in fine steps, whatever C is.
-         The policy pi is to make the mean of all quantiles high, and its entropy, times alpha.
+         critics and drops the highest, d per critic: how cautious it is can be set in fine steps,
+         apart from C. The policy pi(a|s) maximises the mean of all quantiles plus alpha, the
+         temperature, times its entropy. It is a Gaussian squashed by tanh: its action is a
+         differentiable function of noise, so that it can follow the gradient of the quantiles.
 
              y_i     = r + gamma * (z_i - alpha * log pi(a'|s')), or r alone, if the episode
                        terminated; a' is drawn from pi(.|s'), and z_i are the C * (M - d) lowest
@@ -35,7 +37,7 @@ Differs  Critics have two hidden layers of 256 units; the paper's have three of 
          bootstraps). N environments are stepped in parallel; updates are counted in single steps,
          so N does not change their number. Critics and log pi see actions in (-1, 1), which are
          scaled to their bounds for the environment only: so H = -K, in nats, means the same
-         whatever the bounds.
+         whatever the bounds. J_alpha has alpha where the authors' code has log alpha.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action;
          C critics; M quantiles of each.
 Run      python tqc_continuous.py
@@ -205,7 +207,8 @@ class Agent(nn.Module):
 
 def make_network(args: Args, envs: "Envs") -> Agent:
     """A policy with its C critics for these environments, with the bounds of their actions."""
-    return Agent(envs.obs.shape[1], envs.action_space.low, envs.action_space.high, args)
+    low, high = envs.action_space.low, envs.action_space.high
+    return Agent(envs.obs.shape[1], low, high, args)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ def to_bounds(actor: Actor, actions: np.ndarray) -> np.ndarray:
 
 def sample_actions(means: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Actions a = tanh(u), u = mean + deviation * noise, and log pi(a|s), in nats (Haarnoja et
-    al., appendix C):     three of (B, K) -> (B, K), (B,).
+    al., appendix C): three of (B, K) -> (B, K), (B,).
 
     It is the density of a in (-1, 1): that of u divided by the slope of tanh, 1 - tanh(u)^2, which
     is 4 / (e^u + e^-u)^2. In this form its logarithm is exact also where tanh(u) rounds to 1.
@@ -265,7 +268,7 @@ def truncated_target(
     """y_i = r + gamma * (z_i - alpha * log pi(a'|s')), or r if terminated (equations 11 and 12):
     (B,), (B,), (B, C, M), (B,), scalar -> (B, C * (M - num_dropped)), in no order.
 
-    z_i are the lowest quantiles of all critics together: of one critic, more may be dropped than
+    z_i are the lowest quantiles of all critics together: more may be dropped of one critic than
     of another.
     """
     _, num_critics, num_quantiles = next_quantiles.shape
