@@ -15,8 +15,8 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 # For the tests that all scripts share.
 TINY = (
     "--total-timesteps 2000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
-    "--hidden-size 32 --num-critics 3 --num-quantiles 5 --checkpoint-frequency 500 "
-    "--eval-frequency 700 --eval-episodes 5"
+    "--hidden-size 32 --num-critics 3 --num-quantiles 5 --train-frequency 4 --gradient-steps 2 "
+    "--checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
 )
 OWN = "continuous"
 OWN_FLAGS = "--total-timesteps 3000 --hidden-size 32 --batch-size 64 --num-critics 2"
@@ -447,8 +447,8 @@ def test_the_policy_becomes_the_soft_optimum(autotune):
     args = script.Args(
         gamma=0.0, autotune=autotune, alpha=1.0, num_critics=3, num_quantiles=5, num_dropped=2
     )
-    optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3)
-    for _ in range(2500):
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
+    for _ in range(1000):
         actions = 2 * torch.rand(64, 1) - 1
         ends, zeros = torch.ones(64, dtype=torch.bool), torch.zeros(64, 1)
         rewards = -10 * (actions - 0.3).square().squeeze(1)
@@ -768,7 +768,8 @@ def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, values):
     agent.load_state_dict(state["network"] | {"low": agent.low, "high": agent.high})
     for obs, value in values.items():
         found = agent.critics(torch.full((50, 1), float(obs)), 2 * torch.rand(50, 2) - 1).detach()
-        torch.testing.assert_close(found, torch.full((50, 3, 5), float(value)), rtol=0.05, atol=0)
+        means = found.mean(0)  # the reward is the same for all actions; single ones are noisy
+        torch.testing.assert_close(means, torch.full((3, 5), float(value)), rtol=0.05, atol=0.1)
 
 
 def test_the_least_settings_are_allowed():
