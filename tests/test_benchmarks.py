@@ -160,9 +160,9 @@ def test_the_floor_counts_the_products_of_the_networks(monkeypatch, capfd):
     backward = 2 * (
         first + 2 * second + 2 * third
     )  # the gradients of weights, and of what goes into layers 2 and 3
-    expected = steps * forward + gradient_steps * batch * (
+    expected = gradient_steps * batch * (
         2 * forward + backward
-    )  # the target network, the other one
+    )  # the target network, the other one; acting is in NumPy
     assert floor.operations(dqn_cartpole, args) == expected
 
 

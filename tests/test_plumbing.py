@@ -142,6 +142,12 @@ def test_a_missing_device_is_refused(bench, run_dir):
 PLACES = ["a_file", "a_file/runs", "x" * 300, "/proc/runs", "dangling/runs"]
 
 
+def test_without_a_compiler_compile_is_refused(bench):
+    bench.environment |= {"PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(bench.folder / "cache")}
+    is_refused(bench.run("--compile"), "--compile needs PyTorch 2.13 and a C++ compiler")
+    assert not list(bench.folder.glob("runs/*/checkpoint.pt"))
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_folder_that_cannot_be_written_is_refused(bench, place):
     (bench.folder / "a_file").write_text("mine")
