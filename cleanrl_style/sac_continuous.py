@@ -188,7 +188,7 @@ class Agent(nn.Module):
 
 
 def make_network(args: Args, envs: "Envs") -> Agent:
-    """An agent for these environments, with the bounds of their actions."""
+    """A policy with its critics for these environments, with the bounds of their actions."""
     low, high = envs.action_space.low, envs.action_space.high
     return Agent(envs.obs.shape[1], low, high, args.hidden_size)
 
@@ -418,7 +418,8 @@ def train(args: Args) -> "Result":
                 actions = torch.empty(shape).uniform_(-1, 1).numpy()
             else:
                 actions = act(actor, obs, torch.randn(shape).numpy())
-            buffer.add(obs, actions, *envs.step(to_bounds(actor, actions)))
+            next_obs, rewards, terminated, truncated = envs.step(to_bounds(actor, actions))
+            buffer.add(obs, actions, rewards, next_obs, terminated, truncated)
 
             # Learn: the gradient steps that are due in these N steps.
             first = max(envs.steps - args.num_envs + 1, args.learning_starts)
