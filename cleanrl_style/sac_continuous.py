@@ -74,6 +74,7 @@ from tqdm import tqdm
 
 SCRIPT = "sac_continuous"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
+LOG_STD_BOUNDS = -20, 2  # of the Gaussian before tanh, as the authors have it
 
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
@@ -195,8 +196,6 @@ def make_network(args: Args, envs: "Envs") -> Agent:
 
 # ---- The algorithm -------------------------------------------------------------------------------
 
-LOG_STD_BOUNDS = -20, 2  # of the Gaussian, as the authors have it
-
 
 class Actor:
     """The policy in NumPy, with its bounds: for a few rows, several times as fast as in PyTorch.
@@ -302,14 +301,14 @@ def compute_gradient(
             batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma
         )
     q_values = agent.critics(batch.obs, batch.actions)
-    critic_loss = (q_values - target).square().mean()  # of both: this is the sum of the halves
+    critic_loss = (q_values - target).square().mean()  # over both critics: J_Q, with its halves
 
     actions, log_probs = sample_actions(*agent(batch.obs), noise[1])
     constants = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
     q_of_policy = functional_call(agent.critics, constants, (batch.obs, actions))
     actor_loss = policy_loss(q_of_policy, log_probs, alpha)
 
-    loss = critic_loss + actor_loss  # each weight is in one of the losses only
+    loss = critic_loss + actor_loss  # no weight gets a gradient from two of them
     if args.autotune:
         loss = loss + temperature_loss(log_alpha, log_probs.detach(), -actions.shape[1])
     loss.backward()
@@ -339,12 +338,12 @@ def update(
 
 
 class ReplayBuffer:
-    """The last transitions of N environments, about `size`, with each observation stored once.
+    """The newest steps of N environments, with each observation stored once.
 
-    Each environment has a ring of rows, N apart. A row has an observation, the action that was
-    taken there, and what came of it; the next observation is in the next row. So the last
-    observation of an episode, and the newest one, have a row in which no action was taken. Such
-    rows are not drawn.
+    Each environment has a ring of rows, which lie N apart. A row holds an observation, the action
+    that was taken there, and what came of it; the next observation is in the ring's next row. So
+    an episode's last observation has a row too, like the newest one, but without an action. Such
+    rows are not drawn. `size` counts them, except for the newest.
     """
 
     def __init__(self, size: int, num_envs: int, obs_size: int, action_size: int) -> None:
