@@ -15,7 +15,8 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 # For the tests that all scripts share.
 TINY = (
     "--total-timesteps 2000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
-    "--hidden-size 32 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
+    "--hidden-size 32 --train-frequency 4 --gradient-steps 2 --checkpoint-frequency 500 "
+    "--eval-frequency 700 --eval-episodes 5"
 )
 OWN = "continuous"
 OWN_FLAGS = "--total-timesteps 3000 --hidden-size 32 --batch-size 64"
@@ -32,12 +33,7 @@ BAD = [
 ]
 LEARNS = [("--env-id cases:Aim-v0 --total-timesteps 5000 --hidden-size 64", 9)]
 # What others published, by the record's name after `<script>__`: shown beside our results.
-PUBLISHED = {
-    "Pendulum-v1": "Zoo -157 (20k)",
-    "HalfCheetah-v5": "CleanRL 9635, Zoo 9535 (1M, older versions)",
-    "Hopper-v5": "CleanRL 2310, Zoo 2326 (1M, older versions)",
-    "Walker2d-v5": "CleanRL 3591, Zoo 3863 (1M, older versions)",
-}
+PUBLISHED = {"Pendulum-v1": "Zoo -157 (20k)"}
 # How speed.py measures the script, and beside what; its first lines explain the form.
 SPEED = {
     "steps": 4_000,
@@ -82,6 +78,7 @@ SPEED = {
         "one environment, compiled": "--num-envs 1 --compile",
         "one environment": "--num-envs 1",
     },
+    "floors": {"floor": "1500 2500 --num-envs 1"},
 }
 
 # ---- The policy ----------------------------------------------------------------------------------
@@ -485,7 +482,13 @@ def test_a_checkpoint_has_the_filled_rows_only_and_fits_no_other_size(tmp_path):
 
 
 class PaysContinuously(Pays):
+    """Where episodes terminate, 1, 0 and -1 tell the step: else noise would seem to be value."""
+
     action_space = Box(-1, 1, (2,), np.float32)
+
+    def step(self, action):
+        obs, *outcome = super().step(action)
+        return obs if self.truncates else np.float32([1 - self.t]), *outcome
 
 
 gym.register("TruncatesContinuous-v0", entry_point=PaysContinuously, kwargs={"truncates": True})
@@ -628,22 +631,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         train(script, tmp_path, **FEW)
 
 
-@pytest.mark.parametrize("env_id, value", [
-    ("TruncatesContinuous-v0", 1 / (1 - 0.8)), ("TerminatesContinuous-v0", 1 / (1 - 0.8 * 2 / 3))
+@pytest.mark.parametrize("env_id, values", [
+    ("TruncatesContinuous-v0", {1: 1 / (1 - 0.8)}),
+    ("TerminatesContinuous-v0", {1: 1 + 0.8 + 0.8**2, 0: 1 + 0.8, -1: 1}),
 ])  # fmt: skip
-def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, value):
-    """Truncated for ever, a reward of 1 is worth 1 / (1 - gamma).
-
-    If every third step terminates, which the only state cannot foresee, v = 1 + 2/3 * gamma * v.
-    """
+def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, values):
+    """Truncated for ever, a reward of 1 is worth 1 / (1 - gamma). Else it counts to the end."""
     flags = {"env_id": env_id, "gamma": 0.8, "total_timesteps": 3000, "train_frequency": 3}
-    flags |= {"autotune": False, "alpha": 0.0, "tau": 0.05, "batch_size": 256}
-    flags |= {"learning_starts": 256, "learning_rate": 3e-3}
+    flags |= {"autotune": False, "alpha": 0.0, "tau": 0.05, "learning_rate": 3e-3}
     state, _ = train(script, tmp_path, **FEW | flags)
     agent = make_agent(obs_size=1)
     agent.load_state_dict(state["network"] | {"low": agent.low, "high": agent.high})
-    found = agent.critics(torch.ones(50, 1), 2 * torch.rand(50, 2) - 1).detach()
-    torch.testing.assert_close(found, torch.full((2, 50), value), rtol=0.08, atol=0)
+    for obs, value in values.items():
+        found = agent.critics(torch.full((50, 1), float(obs)), 2 * torch.rand(50, 2) - 1).detach()
+        means = found.mean(1)  # the reward is the same for all actions; single ones are noisy
+        torch.testing.assert_close(means, torch.full((2,), float(value)), rtol=0.05, atol=0)
 
 
 def test_the_least_settings_are_allowed():
