@@ -645,7 +645,7 @@ def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, values):
     for obs, value in values.items():
         found = agent.critics(torch.full((50, 1), float(obs)), 2 * torch.rand(50, 2) - 1).detach()
         means = found.mean(1)  # the reward is the same for all actions; single ones are noisy
-        torch.testing.assert_close(means, torch.full((2,), float(value)), rtol=0.05, atol=0)
+        torch.testing.assert_close(means, torch.full((2,), float(value)), rtol=0.05, atol=0.1)
 
 
 def test_the_least_settings_are_allowed():
