@@ -69,6 +69,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 SCRIPT = "a2c_cartpole"  # named in checkpoints and messages
+LOG_FREQUENCY = 1_000  # steps between points of the losses
 
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
@@ -85,14 +86,14 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium environment, or my_module:MyEnv-v0
     env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
     seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
-    total_timesteps: Steps = 100_000  # environment steps to train for, at least
+    total_timesteps: Steps = 200_000  # environment steps to train for, at least
     num_envs: SmallCount = 8  # parallel environments (N)
 
-    learning_rate: Positive = 1e-3  # step size of Adam
+    learning_rate: Positive = 2e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
-    num_steps: Count = 32  # steps of each environment in a rollout (T)
-    gamma: Fraction = 0.98  # discount factor
-    gae_lambda: Fraction = 0.8  # lambda of GAE; 0: one-step TD error, 1: Monte Carlo return
+    num_steps: Count = 8  # steps of each environment in a rollout (T)
+    gamma: Fraction = 0.99  # discount factor
+    gae_lambda: Fraction = 1.0  # lambda of GAE; 0: one-step TD error, 1: Monte Carlo return
     ent_coef: Weight = 0.0  # weight of the entropy in the loss
     vf_coef: Weight = 0.5  # weight of the value loss in the loss
     max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
@@ -382,9 +383,10 @@ def train(args: Args) -> "Result":
                 agent.obs_statistics.update(batch.obs)
 
             # Log, evaluate, save.
-            values = batch.returns - batch.advantages
-            metrics["losses/explained_variance"] = explained_variance(values, batch.returns)
-            run.log(metrics | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
+            if run.is_due(LOG_FREQUENCY):
+                values = batch.returns - batch.advantages
+                metrics["losses/explained_variance"] = explained_variance(values, batch.returns)
+                run.log(metrics | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
             if run.is_due(args.eval_frequency):
                 run.evaluate()
             if run.is_due(args.checkpoint_frequency):

@@ -279,10 +279,12 @@ def test_a_batch_is_every_step_once_with_its_advantage(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("anneal_lr", [True, False])
 def test_metrics_and_learning_rate_are_logged(tmp_path, monkeypatch, anneal_lr):
+    """Here after every rollout but the last."""
+    monkeypatch.setattr(script, "LOG_FREQUENCY", 60)
     learned = recorded(monkeypatch, script, "update")
     _, points = train(script, tmp_path, **FEW, anneal_lr=anneal_lr)
-    assert len(learned) == 10
-    for k, ((_, optimizer, batch, _), metrics) in enumerate(learned):
+    assert len(learned) == 10 and len(points["losses/entropy"]) == 9
+    for k, ((_, optimizer, batch, _), metrics) in enumerate(learned[:-1]):
         rate = 1e-2 * (1 - k / 10 if anneal_lr else 1)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
         errors = batch.advantages.var() / batch.returns.var()  # V is returns - advantages
@@ -327,6 +329,7 @@ def test_a_run_that_diverges_stops_and_is_not_saved(tmp_path, monkeypatch, where
         return metrics
 
     monkeypatch.setattr(script, "update", spoil)
+    monkeypatch.setattr(script, "LOG_FREQUENCY", 60)
     with pytest.raises(script.UsageError, match="not finite"):
         train(script, tmp_path, **FEW, checkpoint_frequency=60)
     (folder,) = tmp_path.iterdir()
