@@ -12,27 +12,29 @@ Paper    Mnih et al. (2016), "Asynchronous methods for deep reinforcement learni
          estimation", equation 16.
 Idea     Play T steps in N environments with the policy pi(a|s), the probability of action a in
          state s. Estimate the advantage A of each action: how much better it turned out than
-         V(s), the predicted discounted return from s on. Take one gradient step that makes actions
-         of positive advantage more likely and the others less, and moves V towards what came
-         out. Then play on with the new policy. REINFORCE has to wait for the end of an episode;
-         here V(s_{t+1}) stands for all that follows the rollout.
+         V(s), the predicted discounted return from s on. Make actions of positive advantage more
+         likely and the others less, and move V towards what came out, in one gradient step. This
+         is REINFORCE with the baseline V, but need not wait for the end of an episode: V stands
+         for what follows the rollout. V_old is V before the step; neither it nor A has a gradient.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        TD error
              A_t     = delta_t + gamma * lambda * A_{t+1}       advantage
              loss    = -mean of A * log pi(a|s)
                        + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
 
-         With lambda = 1, as in the paper, A_t is the sum of discounted rewards up to the end of
-         the rollout, plus the discounted V there, less V(s_t). A and V_old are constants.
-Differs  The N environments are stepped together, and all their steps give one gradient step; in the
-         paper (A3C), each has a thread and a policy that may be outdated. Adam instead of RMSProp;
-         the loss is a mean over steps, not a sum; policy and value share no layers. At a time
-         limit, V(s_{t+1}) stands for the rewards that would have followed (it bootstraps); at a
-         true end, it counts as 0. Observations can be normalised and rewards be scaled.
-Shapes   T steps of N environments in a rollout, B = T * N of them in all; O numbers of an
-         observation; K actions. Row t is the step from t to t+1.
+         With lambda = 1, as in the paper, A_t is the discounted sum of the rewards up to the
+         rollout's end and of V there, less V(s_t).
+Differs  In the paper (A3C), each environment has a thread, which computes gradients with weights
+         that may be outdated. Here all are stepped together and give one gradient, a mean over
+         their steps, not a sum. Adam instead of RMSProp, which was less reliable here; gradients
+         are clipped; policy and value share no layers. At a time limit, V(s_{t+1}) stands for the
+         rewards that would have followed (it bootstraps); at a true end, it counts as 0.
+         Observations can be normalised and rewards be scaled.
+Shapes   T steps of N environments in a rollout, B = T * N in all; O numbers of an observation;
+         K actions. Row t is the step from t to t+1.
 Run      python a2c_cartpole.py
-         python a2c_cartpole.py --env-id Acrobot-v1 --norm-obs --norm-reward
+         python a2c_cartpole.py --env-id Acrobot-v1 --total-timesteps 300000 --norm-obs \
+             --norm-reward
 Expect   To be recorded.
 """
 

@@ -49,7 +49,7 @@ SPEED = {
             "equal": "compiled",
         },
     },
-    "flags": "--num-envs 8 --num-steps 5 --gamma 0.99 --learning-rate 7e-4",
+    "flags": "--num-steps 5 --learning-rate 7e-4",
     "variants": {"compiled": "--compile", "not compiled": ""},
     "floors": {"floor": "1000 5000"},
 }
