@@ -19,16 +19,16 @@ Idea     DQN for actions that are numbers. Q(s, a) is the expected discounted re
              J_pi = mean of -Q(s, pi(s))
 
          Transitions (s, a, r, s') are drawn at random from a replay buffer. Q_target and pi_target
-         are slowly following averages, so that y does not move with every step. pi seeks out the
-         actions whose values are too high: td3_continuous.py shows what helps against it.
-Differs  Gaussian noise in acting, in place of an Ornstein-Uhlenbeck process: it does as well. Both
-         gradients are taken at the same weights and make one step of Adam, at one learning rate.
-         Networks as in TD3: layers of 256 units for 400 and 300, the action is an input of the
-         first, no batch normalisation, no weight decay. Batches of 256 for 64, tau 0.005 for 0.001.
-         At a time limit, y counts the rewards that would have followed (it bootstraps). N
-         environments are stepped in parallel; updates are counted in single steps, so N does not
-         change their number. Networks see actions in (-1, 1), which are scaled to their bounds for
-         the environment only: the noise is in halves of the range of an action.
+         are slowly following averages, so that y does not move with every step. pi finds the
+         actions whose values are too high: td3_continuous.py has three remedies.
+Differs  Gaussian noise in acting; the authors' Ornstein-Uhlenbeck process is no better (Fujimoto et
+         al., 2018). Both gradients are taken at the same weights and make one step of Adam, at one
+         learning rate. Networks as in TD3: layers of 256 units for 400 and 300, the action enters
+         the first of them, no batch normalisation, no weight decay. Batches of 256 for 64, tau of
+         0.005 for 0.001. At a time limit, y counts the rewards that would have followed (it
+         bootstraps). N environments are stepped in parallel; updates are counted in single steps,
+         so N does not change their number. Networks see actions in (-1, 1), which are scaled to
+         their bounds for the environment only: noise is in halves of an action's range.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action.
 Run      python ddpg_continuous.py
          python ddpg_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 \
@@ -102,7 +102,7 @@ class Args:
     train_frequency: Steps = 1  # environment steps between updates
     gradient_steps: Count = 1  # gradient steps in an update
     hidden_size: SmallCount = 256  # units in each of the two hidden layers
-    exploration_noise: Weight = 0.1  # deviation of the noise in acting, in halves of the range
+    exploration_noise: Weight = 0.1  # standard deviation of noise in acting; 1: half the range
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
@@ -226,7 +226,7 @@ def td_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float)
 
 @torch.no_grad()
 def update_target(target_agent: nn.Module, agent: nn.Module, tau: float) -> None:
-    """Each weight of the target networks <- (1 - tau) * itself + tau * the one that is trained."""
+    """Each target weight <- (1 - tau) * itself + tau * the weight that is trained."""
     for target, source in zip(target_agent.parameters(), agent.parameters()):
         target.lerp_(source, tau)
 
@@ -250,19 +250,15 @@ def compute_gradient(
         next_q = target_agent.critic(batch.next_obs, next_actions)
         target = td_target(batch.rewards, batch.terminated, next_q, args.gamma)
     q_values = agent.critic(batch.obs, batch.actions)
-    critic_loss = (q_values - target).square().mean()
-
+    loss = (q_values - target).square().mean()
+    metrics = {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
     constants = {name: weight.detach() for name, weight in agent.critic.named_parameters()}
     q_of_policy = functional_call(agent.critic, constants, (batch.obs, agent(batch.obs)))
     actor_loss = -q_of_policy.mean()
-
-    loss = critic_loss + actor_loss  # each weight is in one of the losses only
+    metrics["losses/policy_loss"] = actor_loss.detach()
+    loss = loss + actor_loss  # no weight gets a gradient from both
     loss.backward()
-    return {
-        "losses/td_loss": critic_loss.detach(),
-        "losses/q_values": q_values.detach().mean(),
-        "losses/policy_loss": actor_loss.detach(),
-    }
+    return metrics
 
 
 def update(
@@ -281,12 +277,12 @@ def update(
 
 
 class ReplayBuffer:
-    """The last transitions of N environments, about `size`, with each observation stored once.
+    """The newest steps of N environments, with each observation stored once.
 
-    Each environment has a ring of rows, N apart. A row has an observation, the action that was
-    taken there, and what came of it; the next observation is in the next row. So the last
-    observation of an episode, and the newest one, have a row in which no action was taken. Such
-    rows are not drawn.
+    Each environment has a ring of rows, which lie N apart. A row holds an observation, the action
+    that was taken there, and what came of it; the next observation is in the ring's next row. So
+    an episode's last observation has a row too, like the newest one, but without an action. Such
+    rows are not drawn. `size` counts them, except for the newest.
     """
 
     def __init__(self, size: int, num_envs: int, obs_size: int, action_size: int) -> None:

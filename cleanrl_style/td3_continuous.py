@@ -9,26 +9,26 @@ r"""Twin delayed DDPG (TD3) for flat observations and continuous actions.
 
 Paper    Fujimoto et al. (2018), "Addressing function approximation error in actor-critic methods",
          Algorithm 1.
-Idea     DDPG (ddpg_continuous.py) with three changes. Q(s, a) is the expected discounted return of
-         action a in state s; the policy pi(s), one action for each state, follows its gradient. So
-         it seeks out the actions whose values are too high, and the targets y repeat the error.
-         1. Two critics; y takes the lesser value.
-         2. y looks at actions near that of the target policy, not at one that may be a peak of Q.
+Idea     Q(s, a) is the expected discounted return of action a in state s. The policy pi(s), one
+         action for each state, goes up the slope of Q, as in DDPG (ddpg_continuous.py). So it finds
+         the actions whose values are too high, and y hands their errors on. Three remedies:
+         1. There are two critics, and y takes the lesser value.
+         2. y looks at an action near that of the target policy, which may be on a false peak of Q.
          3. pi and the targets move at every second step only, when Q has come closer to y.
 
              y    = r + gamma * min_k Q_target,k(s', a')     or r alone, if the episode terminated
-             a'   = pi_target(s') + noise, clipped to (-1, 1); the noise is clipped to (-c, c) first
+             a'   = pi_target(s') + noise, clipped to (-1, 1); first, the noise to (-c, c)
              J_Q  = mean of (Q_k(s, a) - y)^2                over both critics
              J_pi = mean of -Q_1(s, pi(s))                   at every second step
 
          Transitions (s, a, r, s') are drawn at random from a replay buffer. Q_target and pi_target
          are slowly following averages, so that y does not move with every step.
 Differs  Both gradients are taken at the same weights and make one step of Adam; the authors step
-         the critics before they look at J_pi. Layers of 256 units, as the authors' later code has
-         them, for 400 and 300. At a time limit, y counts the rewards that would have followed (it
-         bootstraps). N environments are stepped in parallel; updates are counted in single steps,
-         so N does not change their number. Networks see actions in (-1, 1), which are scaled to
-         their bounds for the environment only: all noise is in halves of the range of an action.
+         the critics before they look at J_pi. Layers of 256 units and batches of 256, as in their
+         later code, for 400, 300 and 100. At a time limit, y counts the rewards that would have
+         followed (it bootstraps). N environments are stepped in parallel; updates are counted in
+         single steps, so N does not change their number. Networks see actions in (-1, 1), which are
+         scaled to their bounds for the environment only: noise is in halves of an action's range.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action.
 Run      python td3_continuous.py
          python td3_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 \
@@ -102,9 +102,9 @@ class Args:
     train_frequency: Steps = 1  # environment steps between updates
     gradient_steps: Count = 1  # gradient steps in an update
     hidden_size: SmallCount = 256  # units in each of the two hidden layers
-    exploration_noise: Weight = 0.1  # deviation of the noise in acting, in halves of the range
-    policy_noise: Weight = 0.2  # deviation of the noise in the targets' actions, likewise
-    noise_clip: Weight = 0.5  # largest noise in the targets' actions (c), likewise
+    exploration_noise: Weight = 0.1  # standard deviation of noise in acting; 1: half the range
+    policy_noise: Weight = 0.2  # standard deviation of noise in target actions; 1: half the range
+    noise_clip: Weight = 0.5  # largest noise in target actions (c); 1: half the range
     policy_frequency: Count = 2  # gradient steps between those that move the policy and the targets
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
@@ -237,7 +237,7 @@ def td_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float)
 
 @torch.no_grad()
 def update_target(target_agent: nn.Module, agent: nn.Module, tau: float) -> None:
-    """Each weight of the target networks <- (1 - tau) * itself + tau * the one that is trained."""
+    """Each target weight <- (1 - tau) * itself + tau * the weight that is trained."""
     for target, source in zip(target_agent.parameters(), agent.parameters()):
         target.lerp_(source, tau)
 
@@ -265,14 +265,14 @@ def compute_gradient(
         next_q = target_agent.critics(batch.next_obs, next_actions)
         target = td_target(batch.rewards, batch.terminated, next_q, args.gamma)
     q_values = agent.critics(batch.obs, batch.actions)
-    loss = critic_loss = (q_values - target).square().mean()  # of both
-    metrics = {"losses/td_loss": critic_loss.detach(), "losses/q_values": q_values.detach().mean()}
+    loss = (q_values - target).square().mean()  # over both critics
+    metrics = {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
     if moves_policy:
         constants = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
         q_of_policy = functional_call(agent.critics, constants, (batch.obs, agent(batch.obs)))
         actor_loss = -q_of_policy[0].mean()
-        loss = critic_loss + actor_loss  # each weight is in one of the losses only
         metrics["losses/policy_loss"] = actor_loss.detach()
+        loss = loss + actor_loss  # no weight gets a gradient from both
     loss.backward()
     return metrics
 
@@ -296,12 +296,12 @@ def update(
 
 
 class ReplayBuffer:
-    """The last transitions of N environments, about `size`, with each observation stored once.
+    """The newest steps of N environments, with each observation stored once.
 
-    Each environment has a ring of rows, N apart. A row has an observation, the action that was
-    taken there, and what came of it; the next observation is in the next row. So the last
-    observation of an episode, and the newest one, have a row in which no action was taken. Such
-    rows are not drawn.
+    Each environment has a ring of rows, which lie N apart. A row holds an observation, the action
+    that was taken there, and what came of it; the next observation is in the ring's next row. So
+    an episode's last observation has a row too, like the newest one, but without an action. Such
+    rows are not drawn. `size` counts them, except for the newest.
     """
 
     def __init__(self, size: int, num_envs: int, obs_size: int, action_size: int) -> None:

@@ -44,7 +44,8 @@ SPEED = {
     "first": 1_500,  # all programs learn from step 1,000 on, by one gradient step a step
     "peers": {
         "CleanRL's ddpg_continuous_action.py": {
-            "flags": "--env-id HalfCheetah-v4 --learning-starts 1000",
+            # policy_frequency 2 makes one step of the actor after every second one of the critic
+            "flags": "--env-id HalfCheetah-v4 --learning-starts 1000 --policy-frequency 1",
             "equal": "one environment, compiled",
         },
         "Stable-Baselines3's DDPG": {
@@ -68,6 +69,7 @@ SPEED = {
         "one environment, compiled": "--num-envs 1 --compile",
         "one environment": "--num-envs 1",
     },
+    "floors": {"floor": "1500 2500 --num-envs 1"},
 }
 
 # ---- The policy ----------------------------------------------------------------------------------

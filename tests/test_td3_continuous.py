@@ -39,7 +39,6 @@ PUBLISHED = {
     "Pendulum-v1": "Zoo -152 (20k)",
     "HalfCheetah-v5": "CleanRL 9583, Zoo 9656 (1M, older versions)",
     "Hopper-v5": "CleanRL 3135, Zoo 3606 (1M, older versions)",
-    "Walker2d-v5": "CleanRL 4058, Zoo 4718 (1M, older versions)",
 }
 # How speed.py measures the script, and beside what; its first lines explain the form.
 SPEED = {
@@ -85,6 +84,7 @@ SPEED = {
         "one environment, compiled": "--num-envs 1 --compile",
         "one environment": "--num-envs 1",
     },
+    "floors": {"floor": "1500 2500 --num-envs 1"},
 }
 
 # ---- The policy ----------------------------------------------------------------------------------
