@@ -382,6 +382,7 @@ def train(args: Args) -> "Result":
             first = max(envs.steps - args.num_envs + 1, args.learning_starts)
             for step in range(first, envs.steps + 1):
                 if step % args.train_frequency == 0:
+                    # Gradient steps are numbered from step 1 on: a resumed run goes on alike.
                     last = step // args.train_frequency * args.gradient_steps
                     for number in range(last - args.gradient_steps + 1, last + 1):
                         batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size)))
