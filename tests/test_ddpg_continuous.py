@@ -389,13 +389,13 @@ def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, value):
 
     If every third step terminates, which the only state cannot foresee, v = 1 + 2/3 * gamma * v.
     """
-    flags = {"env_id": env_id, "gamma": 0.8, "total_timesteps": 3000, "train_frequency": 3}
-    flags |= {"tau": 0.05, "batch_size": 256, "learning_starts": 256, "learning_rate": 3e-3}
+    flags = {"env_id": env_id, "gamma": 0.8, "total_timesteps": 3000, "train_frequency": 2}
+    flags |= {"tau": 0.05, "learning_rate": 3e-3, "exploration_noise": 1.0}
     state, _ = train(script, tmp_path, **FEW | flags)
     agent = make_agent(obs_size=1)
     agent.load_state_dict(state["network"] | {"low": agent.low, "high": agent.high})
     found = agent.critic(torch.ones(50, 1), 2 * torch.rand(50, 2) - 1).detach()
-    torch.testing.assert_close(found, torch.full((50,), value), rtol=0.08, atol=0)
+    torch.testing.assert_close(found.mean(-1), torch.full((), value), rtol=0.08, atol=0)
 
 
 def test_the_least_settings_are_allowed():
