@@ -5,7 +5,7 @@
 #   "tqdm>=4.66.0",
 # ]
 # ///
-"""C51, Q-learning of the whole distribution of the return: flat observations, discrete actions.
+"""Distributional Q-learning (C51) for flat observations and discrete actions.
 
 Paper    Bellemare, Dabney, Munos (2017), "A Distributional Perspective on Reinforcement
          Learning", Algorithm 1.
@@ -14,7 +14,7 @@ Idea     DQN learns Q(s, a), the mean of the return. C51 learns the distribution
          p_i(s, a), a softmax of the network's outputs:
 
              Q(s, a) = sum_i p_i(s, a) * z_i              a* = argmax_a' Q_target(s', a')
-             m_i     = sum_j p_target,j(s', a*) * max(0, 1 - |clip(r + gamma * z_j) - z_i| / dz)
+             m_i     = sum_j p_target_j(s', a*) * max(0, 1 - |clip(r + gamma * z_j) - z_i| / dz)
              loss    = mean of -sum_i m_i * log p_i(s, a)     over B transitions (s, a, r, s')
 
          r + gamma * z_j, or r alone if the episode terminated, falls between two atoms, which
