@@ -35,7 +35,10 @@ Shapes   T steps of N environments in a rollout, B = T * N in all; O numbers of 
 Run      python a2c_cartpole.py
          python a2c_cartpole.py --env-id Acrobot-v1 --total-timesteps 300000 --norm-obs \
              --norm-reward
-Expect   To be recorded.
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
+         had other work, too:
+             CartPole-v1     476.8 (268.4 to 500.0)    200k steps    12 s
 """
 
 import contextlib
