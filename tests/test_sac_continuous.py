@@ -644,8 +644,8 @@ def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, values):
     agent.load_state_dict(state["network"] | {"low": agent.low, "high": agent.high})
     for obs, value in values.items():
         found = agent.critics(torch.full((50, 1), float(obs)), 2 * torch.rand(50, 2) - 1).detach()
-        means = found.mean(1)  # the reward is the same for all actions; single ones are noisy
-        torch.testing.assert_close(means, torch.full((2,), float(value)), rtol=0.05, atol=0.1)
+        means = found.mean(1)  # a wrong bootstrap is off by more than 2
+        torch.testing.assert_close(means, torch.full((2,), float(value)), rtol=0, atol=0.5)
 
 
 def test_the_least_settings_are_allowed():
