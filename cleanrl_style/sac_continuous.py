@@ -74,6 +74,7 @@ from tqdm import tqdm
 
 SCRIPT = "sac_continuous"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
+LOG_STD_BOUNDS = -20, 2  # of the Gaussian before tanh, as the authors have it
 
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
@@ -188,14 +189,12 @@ class Agent(nn.Module):
 
 
 def make_network(args: Args, envs: "Envs") -> Agent:
-    """An agent for these environments, with the bounds of their actions."""
+    """A policy with its critics for these environments, with the bounds of their actions."""
     low, high = envs.action_space.low, envs.action_space.high
     return Agent(envs.obs.shape[1], low, high, args.hidden_size)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
-
-LOG_STD_BOUNDS = -20, 2  # of the Gaussian, as the authors have it
 
 
 class Actor:
@@ -302,14 +301,14 @@ def compute_gradient(
             batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma
         )
     q_values = agent.critics(batch.obs, batch.actions)
-    critic_loss = (q_values - target).square().mean()  # of both: this is the sum of the halves
+    critic_loss = (q_values - target).square().mean()  # over both critics: J_Q, with its halves
 
     actions, log_probs = sample_actions(*agent(batch.obs), noise[1])
     constants = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
     q_of_policy = functional_call(agent.critics, constants, (batch.obs, actions))
     actor_loss = policy_loss(q_of_policy, log_probs, alpha)
 
-    loss = critic_loss + actor_loss  # each weight is in one of the losses only
+    loss = critic_loss + actor_loss  # no weight gets a gradient from two of them
     if args.autotune:
         loss = loss + temperature_loss(log_alpha, log_probs.detach(), -actions.shape[1])
     loss.backward()
@@ -339,12 +338,12 @@ def update(
 
 
 class ReplayBuffer:
-    """The last transitions of N environments, about `size`, with each observation stored once.
+    """The newest steps of N environments, with each observation stored once.
 
-    Each environment has a ring of rows, N apart. A row has an observation, the action that was
-    taken there, and what came of it; the next observation is in the next row. So the last
-    observation of an episode, and the newest one, have a row in which no action was taken. Such
-    rows are not drawn.
+    Each environment has a ring of rows, which lie N apart. A row holds an observation, the action
+    that was taken there, and what came of it; the next observation is in the ring's next row. So
+    an episode's last observation has a row too, like the newest one, but without an action. Such
+    rows are not drawn. `size` counts them, except for the newest.
     """
 
     def __init__(self, size: int, num_envs: int, obs_size: int, action_size: int) -> None:
@@ -418,7 +417,8 @@ def train(args: Args) -> "Result":
                 actions = torch.empty(shape).uniform_(-1, 1).numpy()
             else:
                 actions = act(actor, obs, torch.randn(shape).numpy())
-            buffer.add(obs, actions, *envs.step(to_bounds(actor, actions)))
+            next_obs, rewards, terminated, truncated = envs.step(to_bounds(actor, actions))
+            buffer.add(obs, actions, rewards, next_obs, terminated, truncated)
 
             # Learn: the gradient steps that are due in these N steps.
             first = max(envs.steps - args.num_envs + 1, args.learning_starts)
@@ -666,7 +666,8 @@ class Run:
                 with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
                     torch.compiler.reset()  # what other runs of this process have compiled
                     torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
-                    torch.compile(torch.sin)(torch.zeros(8, device=args.device))
+                    numbers = torch.zeros(8, device=args.device)
+                    torch.compile(lambda x: x.sin(), fullgraph=True)(numbers)
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with as_usage_error("cannot write", OSError):  # or it is locked by another process
