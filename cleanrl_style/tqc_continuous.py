@@ -10,14 +10,14 @@ r"""Truncated quantile critics (TQC) for flat observations and continuous action
 Paper    Kuznetsov et al. (2020), "Controlling overestimation bias with truncated mixture of
          continuous distributional quantile critics", Algorithm 1; for what it takes from SAC,
          Haarnoja et al. (2018), "Soft actor-critic algorithms and applications".
-Idea     Soft actor-critic (SAC) with other critics and another target. A policy that seeks high
-         values finds those that are too high, so SAC believes the lesser of two critics. Here each
-         of C critics predicts M quantiles theta_m of Z(s, a), the return as a random number, with
-         the entropy of all later decisions counted in. The target pools the quantiles of all
-         critics and drops the highest, d per critic: how cautious it is can be set in fine steps,
-         apart from C. The policy pi(a|s) maximises the mean of all quantiles plus alpha, the
-         temperature, times its entropy. It is a Gaussian squashed by tanh: its action is a
-         differentiable function of noise, so that it can follow the gradient of the quantiles.
+Idea     Soft actor-critic (SAC) with other critics and another target. The policy pi(a|s) maximises
+         the rewards plus alpha, the temperature, times its entropy. A policy that seeks high values
+         finds those that are too high, so SAC uses the lesser of two critics. Here, each of C
+         critics predicts M quantiles theta_m of Z(s, a), the discounted return as a random number,
+         with the entropy of all later decisions counted in. The target pools the quantiles of all
+         critics and drops the highest, d per critic: so caution comes in fine steps, for any C.
+         pi is a Gaussian squashed by tanh. Its action is a differentiable function of noise, so
+         that the policy can follow the gradient of the quantiles.
 
              y_i     = r + gamma * (z_i - alpha * log pi(a'|s')), or r alone, if the episode
                        terminated; a' is drawn from pi(.|s'), and z_i are the C * (M - d) lowest
@@ -31,13 +31,14 @@ Idea     Soft actor-critic (SAC) with other critics and another target. A policy
          theta_m(s, a) is a critic's quantile at tau_m = (m - 1/2) / M. Transitions (s, a, r, s')
          are drawn at random from a replay buffer. The target critics are a slowly following average
          of the critics, so that y does not move with every step.
-Differs  Critics have two hidden layers of 256 units; the paper's have three of 512. The three
-         gradients are taken at the same weights and make one step of Adam. Until learning starts,
-         actions are uniform. At a time limit, y counts the rewards that would have followed (it
-         bootstraps). N environments are stepped in parallel; updates are counted in single steps,
-         so N does not change their number. Critics and log pi see actions in (-1, 1), which are
-         scaled to their bounds for the environment only: so H = -K, in nats, means the same
-         whatever the bounds. J_alpha has alpha where the authors' code has log alpha.
+Differs  The critics have two hidden layers of 256 units; the paper's have three of 512. The three
+         gradients are taken at the same weights and make one step of Adam; the usual code steps the
+         critics before it looks at J_pi. J_alpha has alpha where the authors' code has log alpha.
+         Until learning starts, actions are uniform. At a time limit, y counts the rewards that
+         would have followed (it bootstraps). N environments are stepped in parallel; updates are
+         counted in single steps, so N does not change their number. Critics and log pi see actions
+         in (-1, 1), which are scaled to their bounds for the environment only: so H = -K, in nats,
+         means the same whatever the bounds.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action;
          C critics; M quantiles of each.
 Run      python tqc_continuous.py
@@ -171,10 +172,10 @@ def mlp(inputs: int, hidden_size: int, outputs: int) -> nn.Sequential:
 class Critics(nn.Module):
     """C networks, each for M quantiles of Z(s, a), which see actions in (-1, 1)."""
 
-    def __init__(self, inputs: int, hidden_size: int, num_critics: int, num_quantiles: int) -> None:
+    def __init__(self, obs_size: int, action_size: int, args: Args) -> None:
         super().__init__()
-        sizes = inputs, hidden_size, num_quantiles
-        self.networks = nn.ModuleList(mlp(*sizes) for _ in range(num_critics))
+        sizes = obs_size + action_size, args.hidden_size, args.num_quantiles
+        self.networks = nn.ModuleList(mlp(*sizes) for _ in range(args.num_critics))
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Observations (B, O) and actions (B, K) -> quantiles theta (B, C, M)."""
@@ -194,9 +195,7 @@ class Agent(nn.Module):
         self.register_buffer("low", torch.tensor(low))
         self.register_buffer("high", torch.tensor(high))
         self.actor = mlp(obs_size, args.hidden_size, 2 * len(low))
-        self.critics = Critics(
-            obs_size + len(low), args.hidden_size, args.num_critics, args.num_quantiles
-        )
+        self.critics = Critics(obs_size, len(low), args)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,6 +292,8 @@ def quantile_huber_loss(quantiles: Tensor, taus: Tensor, targets: Tensor) -> Ten
 def critic_loss(quantiles: Tensor, targets: Tensor) -> Tensor:
     """J_Z, of each critic's quantiles against all targets (section 3.3): mean over the B
     transitions, M quantiles and T targets, sum over the C critics: (B, C, M), (B, T) -> scalar.
+
+    B * C * M * T pairs are most of the work of a gradient step, unless --compile fuses it.
     """
     num_quantiles = quantiles.shape[2]
     taus = (torch.arange(num_quantiles, device=quantiles.device) + 0.5) / num_quantiles
