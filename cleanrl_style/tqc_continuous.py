@@ -15,7 +15,8 @@ Idea     Soft actor-critic (SAC) with other critics and another target. The poli
          finds those that are too high, so SAC uses the lesser of two critics. Here, each of C
          critics predicts M quantiles theta_m of Z(s, a), the discounted return as a random number,
          with the entropy of all later decisions counted in. The target pools the quantiles of all
-         critics and drops the highest, d per critic: so caution comes in fine steps, for any C.
+         critics and drops the highest, d per critic: so caution comes in fine steps, for any C. The
+         paper drops 0 per critic in HalfCheetah, 5 in Hopper, 2 in Walker2d, Ant and Humanoid.
          pi is a Gaussian squashed by tanh. Its action is a differentiable function of noise, so
          that the policy can follow the gradient of the quantiles.
 
@@ -42,7 +43,8 @@ Shapes   N environments; B transitions of a batch; O numbers of an observation; 
          C critics; M quantiles of each.
 Run      python tqc_continuous.py
          python tqc_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 \
-             --learning-rate 3e-4 --learning-starts 10000 --compile    (needs gymnasium[mujoco])
+             --learning-rate 3e-4 --learning-starts 10000 --num-dropped 0 --compile
+             (needs gymnasium[mujoco])
 Expect   Return of the deterministic policy over 100 episodes:
              Pendulum-v1     not yet recorded    20k steps
 """
@@ -292,7 +294,7 @@ def critic_loss(quantiles: Tensor, targets: Tensor) -> Tensor:
     """J_Z, of each critic's quantiles against all targets (section 3.3): mean over the B
     transitions, M quantiles and T targets, sum over the C critics: (B, C, M), (B, T) -> scalar.
 
-    B * C * M * T pairs are most of the work of a gradient step, unless --compile fuses it.
+    These B * C * M * T pairs take most of a gradient step, unless --compile fuses their arithmetic.
     """
     num_quantiles = quantiles.shape[2]
     taus = (torch.arange(num_quantiles, device=quantiles.device) + 0.5) / num_quantiles
