@@ -9,19 +9,20 @@
 
 Paper    Dabney, Rowland, Bellemare, Munos (2018), "Distributional reinforcement learning with
          quantile regression", Algorithm 1.
-Idea     DQN learns Q(s, a), the mean of the return. QR-DQN learns M quantiles of the return:
-         theta_i(s, a), an output of the network, is to be exceeded with probability 1 - tau_i,
-         where tau_i = (i - 1/2) / M:
+Idea     DQN learns Q(s, a), the mean of the return. QR-DQN learns the distribution of the return,
+         by M quantiles: the network's output theta_i(s, a) is to exceed the return with the
+         probability tau_i = (i - 1/2) / M.
 
-             Q(s, a) = mean over i of theta_i(s, a)       a* = argmax_a' Q_target(s', a')
-             y_j     = r + gamma * theta_target_j(s', a*)    or r alone, if the episode terminated
-             loss    = mean over B transitions (s, a, r, s') of the sum over i of the mean over j of
-                       |tau_i - (1 if u < 0 else 0)| * Huber(u)         u = y_j - theta_i(s, a)
+             Q(s, a) = mean of theta_i(s, a) over i       a* = argmax_a' Q_target(s', a')
+             y_j     = r + gamma * theta_target_j(s', a*)     or r alone, if the episode terminated
+             u_ij    = y_j - theta_i(s, a)
+             loss    = sum over i of the mean over j of |tau_i - (1 if u_ij < 0 else 0)| *
+                       Huber(u_ij), mean over B transitions (s, a, r, s')
 
-         Too low a theta_i costs tau_i per unit, too high a one 1 - tau_i: they balance where a
-         share tau_i of the y_j lies below. So there are no atoms to choose a range for, as in C51,
-         and nothing is clipped. The rest is DQN: replay buffer, target network, epsilon-greedy
-         actions.
+         A theta_i that is too low costs tau_i per unit, one that is too high 1 - tau_i: so it comes
+         to rest where a share tau_i of the y_j is below it. Huber(u) is u^2 / 2 up to |u| = 1, and
+         |u| - 1/2 beyond. Unlike C51's atoms, quantiles need no range, and clip no return. The rest
+         is DQN: replay buffer, target network, epsilon-greedy actions.
 Differs  Adam with its usual epsilon, and a learning rate that falls linearly to 0; epsilon decays
          from the first step on. N environments are stepped in parallel. At a time limit, y counts
          the rewards that would have followed (it bootstraps).
@@ -224,7 +225,7 @@ def quantile_huber_loss(quantiles: Tensor, taus: Tensor, targets: Tensor) -> Ten
 
 
 def quantile_loss(quantiles: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the M quantiles, mean over the T targets and B transitions (equation 10 and
+    """Sum over the M quantiles, mean over the T targets and B transitions (equations 9, 10 and
     Algorithm 1, kappa = 1): (B, M), (B, T) -> scalar.
     """
     num_quantiles = quantiles.shape[1]
