@@ -211,7 +211,7 @@ def q_lambda(
 
 
 class Batch(NamedTuple):
-    """Steps of a rollout, B in a minibatch. Row b of each:"""
+    """Steps of a rollout with their targets, B in a minibatch. Row b of each:"""
 
     obs: Tensor  # observation, (B, O)
     actions: Tensor  # action, (B,)
@@ -317,7 +317,7 @@ def train(args: Args) -> "Result":
 
 
 def play(args: Args, q_network: QNetwork, obs: np.ndarray) -> np.ndarray:
-    """How the trained policy is evaluated: observations (N, O) -> actions (N,)."""
+    """How the trained policy is evaluated: observations (N, O) -> greedy actions (N,)."""
     return act(Actor(q_network), obs)
 
 
