@@ -7,24 +7,27 @@
 # ///
 """Parallelised Q-network (PQN) for flat observations and discrete actions.
 
-Paper    Gallici et al. (2024), "Simplifying deep temporal difference learning", Algorithm 1, and
-         its Q(lambda) targets.
+Paper    Gallici et al. (2024), "Simplifying deep temporal difference learning", Algorithm 1, with
+         the lambda-returns of its section on Q(lambda).
 Idea     Learn Q(s, a), the expected discounted return of action a in state s if the best actions
-         follow, and act greedily. This is DQN without its replay buffer and its target network.
-         Play T steps in N environments; many of them make consecutive transitions less correlated.
-         Learn from these steps in several epochs of minibatches, then forget them. What keeps Q
-         from diverging is layer normalisation before each activation. The target of Q(s_t, a_t)
-         is a return, computed backwards from the end of the rollout, before the epochs:
+         follow, and act greedily: DQN without a replay buffer and without a target network. Play T
+         steps in N environments, whose steps are less correlated than those of one. Learn from
+         them in several epochs of minibatches, then forget them. Q does not diverge, as each hidden
+         layer is normalised before its activation. The target G_t of Q(s_t, a_t) is computed
+         before the epochs, backwards from the end of the rollout:
 
              G_t  = r_t + gamma * (lambda * G_{t+1} + (1 - lambda) * max_a Q(s_{t+1}, a))
-             loss = mean of (Q(s_t, a_t) - G_t)^2           over a minibatch of B steps
+             G_t  = r_t + gamma * max_a Q(s_{t+1}, a)       after the last step of the rollout
+             G_t  = r_t                                     where an episode terminates
+             loss = mean of (Q(s_t, a_t) - G_t)^2           over the B steps of a minibatch
 
-         With lambda = 0, it is DQN's target; the larger lambda, the sooner it learns of a reward
-         many steps later. Where an episode terminates, G_t is r_t alone. While training, an action
-         is random with probability epsilon, which decays.
-Differs  At a time limit and after the rollout's last step, G_t = r_t + gamma * max_a Q(s_{t+1}, a):
-         it bootstraps from the observation that followed. (Most published code begins the recursion
-         at the wrong state, see make_batch.)
+         lambda = 0 gives the targets of DQN. The larger lambda, the faster a reward is felt many
+         steps before it, but the more the targets tell of actions that were random. While training,
+         these have the probability epsilon, which decays. RAdam is Adam with a warm-up.
+Differs  At a time limit, G_t counts the rewards that would have followed, as after the last step of
+         a rollout. max_a Q is computed after the rollout, for the last observations of episodes
+         too, by the weights that played it; the authors keep it from acting. The learning rate
+         falls linearly to 0, as in their code.
 Shapes   T steps of N environments in a rollout, B of them in a minibatch; O numbers of an
          observation; K actions. Row t is the step from t to t+1.
 Run      python pqn_cartpole.py
