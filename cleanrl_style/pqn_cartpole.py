@@ -92,7 +92,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     num_steps: Count = 32  # steps of each environment in a rollout (T)
     gamma: Fraction = 0.99  # discount factor
-    q_lambda: Fraction = 0.65  # lambda of Q(lambda); 0: one-step target, 1: Monte Carlo return
+    q_lambda: Fraction = 0.9  # lambda of Q(lambda); 0: one-step target, 1: Monte Carlo return
     num_minibatches: Count = 4  # minibatches in an epoch, with one gradient step each
     update_epochs: Count = 4  # epochs over a rollout
     max_grad_norm: Weight = 10.0  # largest norm of the gradient; 0: not clipped
@@ -169,7 +169,7 @@ class Actor:
         weights = [weight.detach().cpu().numpy() for weight in q_network.layers.parameters()]
         *hidden, self.last_weight, self.last_bias = weights
         self.hidden = list(zip(hidden[::4], hidden[1::4], hidden[2::4], hidden[3::4]))
-        size = len(self.last_weight.T)
+        size = self.last_weight.shape[1]
         self.averaging = np.full((size, 1), 1 / size, np.float32)  # quicker than np.mean
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -264,8 +264,8 @@ def learn(
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in shuffled.tensor_split(args.num_minibatches):
-            part = Batch(*(column[rows] for column in batch))
-            metrics.append(update(q_network, optimizer, part, args))
+            minibatch = Batch(*(part[rows] for part in batch))
+            metrics.append(update(q_network, optimizer, minibatch, args))
     return {tag: torch.stack([step[tag] for step in metrics]).mean() for tag in metrics[0]}
 
 
