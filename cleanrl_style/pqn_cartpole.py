@@ -12,8 +12,8 @@ Paper    Gallici et al. (2024), "Simplifying deep temporal difference learning",
 Idea     Learn Q(s, a), the expected discounted return of action a in state s if the best actions
          follow, and act greedily: DQN without a replay buffer and without a target network. Play T
          steps in N environments, whose steps are less correlated than those of one. Learn from
-         them in several epochs of minibatches, then forget them. Q does not diverge, as each hidden
-         layer is normalised before its activation. The target G_t of Q(s_t, a_t) is computed
+         them in several epochs of minibatches, then forget them. Normalising each hidden layer
+         before its activation keeps Q from diverging. The target G_t of Q(s_t, a_t) is computed
          before the epochs, backwards from the end of the rollout:
 
              G_t  = r_t + gamma * (lambda * G_{t+1} + (1 - lambda) * max_a Q(s_{t+1}, a))
@@ -22,8 +22,8 @@ Idea     Learn Q(s, a), the expected discounted return of action a in state s if
              loss = mean of (Q(s_t, a_t) - G_t)^2           over the B steps of a minibatch
 
          lambda = 0 gives the targets of DQN. The larger lambda, the faster a reward is felt many
-         steps before it, but the more the targets tell of actions that were random. While training,
-         these have the probability epsilon, which decays. RAdam is Adam with a warm-up.
+         steps before it, but the more the targets tell of random actions. While training, an action
+         is random with probability epsilon, which decays. RAdam is Adam that warms up.
 Differs  At a time limit, G_t counts the rewards that would have followed, as after the last step of
          a rollout. max_a Q is computed after the rollout, for the last observations of episodes
          too, by the weights that played it; the authors keep it from acting. The learning rate
@@ -183,7 +183,7 @@ class Actor:
 
 
 def random_actions(epsilon: float, num_actions: int, *shape: int) -> np.ndarray:
-    """Random actions, each with probability epsilon; -1 for none."""
+    """Random actions of this shape, each with probability epsilon; elsewhere -1."""
     actions = torch.randint(num_actions, shape)
     return actions.where(torch.rand(shape) < epsilon, -1).numpy()
 
