@@ -252,6 +252,19 @@ def test_update_takes_one_step_down_the_gradient_and_reports(limit):
     assert not any(value.requires_grad for value in metrics.values())
 
 
+def test_the_gradient_of_all_weights_is_clipped_as_one_vector():
+    gradients = []
+    for limit in (1e9, 0.01):
+        torch.manual_seed(0)
+        q_network = script.QNetwork(2, 3, 8)
+        batch = script.Batch(torch.randn(8, 2), torch.arange(8) % 3, torch.randn(8))
+        script.compute_gradient(q_network, batch, script.Args(max_grad_norm=limit))
+        gradients.append(torch.cat([w.grad.flatten() for w in q_network.parameters()]))
+    assert gradients[0].norm() > 0.1
+    expected = 0.01 * gradients[0] / gradients[0].norm()
+    torch.testing.assert_close(gradients[1], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_the_gradient_is_that_of_the_definition():
     """Of the mean of the B squares, row by row, by central differences on all weights."""
     torch.manual_seed(0)
