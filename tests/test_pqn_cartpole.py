@@ -453,3 +453,9 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
         "max_grad_norm": 0.01, "start_e": 0.9, "end_e": 0.5, "exploration_fraction": 0.2,
         "hidden_size": 15,
     })  # fmt: skip
+
+
+def test_a_minibatch_may_be_a_single_step():
+    script.Args(num_envs=1, num_steps=5, num_minibatches=5)
+    with pytest.raises(ValueError, match="--num-minibatches"):
+        script.Args(num_envs=1, num_steps=5, num_minibatches=6)
