@@ -32,8 +32,8 @@ Shapes   T steps of N environments in a rollout, B of them in a minibatch; O num
          observation; K actions. Row t is the step from t to t+1.
 Run      python pqn_cartpole.py
          python pqn_cartpole.py --env-id Acrobot-v1 --total-timesteps 200000
-Expect   Return of the greedy policy over 100 episodes, mean over seeds 101 and 102 (both), of trials;
-         ten seeds are not recorded yet:
+Expect   Return of the greedy policy over 100 episodes in trials, mean over seeds 101 and 102 (and
+         each); ten seeds are not recorded yet:
              CartPole-v1     500.0 (500.0, 500.0)    100k steps
              Acrobot-v1      -86.2 (-88.0, -84.4)    200k steps
 """
