@@ -12,34 +12,34 @@ Paper    Schulman et al. (2015), "Trust region policy optimization", equation 14
          estimation", equation 16.
 Idea     Play T steps in N environments with the policy pi(a|s), the probability of action a in
          state s. Estimate the advantage A of each action: how much better it turned out than
-         V(s), the predicted discounted return from s on. Then move the weights of the policy in
-         one step that gains most. These actions were sampled from pi_old, the policy before the
-         step, and tell little about a policy far from it. So the step is bounded: not in the
-         weights, but in what the policy does, by the KL divergence of pi from pi_old.
+         V(s), the predicted discounted return from s on. Then change the weights of the policy in
+         the one step that gains most. The actions were sampled from pi_old, the policy before the
+         step, and tell little about a policy far from it. So the step has a limit: not in the
+         weights, but in what they do to the policy, as its mean KL divergence from pi_old.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        TD error
              A_t     = delta_t + gamma * lambda * A_{t+1}       advantage
              L       = mean of pi(a|s) / pi_old(a|s) * A        surrogate, to be raised
              D       = mean of KL(pi_old(.|s) || pi(.|s))       at most target_kl
-             g, F    = gradient of L, Hessian of D, at pi_old   F: the Fisher matrix
+             g, F    = gradient of L, Hessian of D, at pi_old   F is the Fisher matrix
              x       = F^-1 g                                   natural gradient
-             step    = sqrt(2 * target_kl / (x . F x)) * x      longest one: D is near step . F step / 2
+             step    = sqrt(2 * target_kl / (x . F x)) * x      as D is near step . F step / 2
 
-         F is too large to be written down, but conjugate gradients find x from products F v
-         alone. A line search then shortens the step until L and D themselves allow it.
+         F is too large to be written down: conjugate gradients find x by products F v alone.
+         Then a line search shortens the step until D itself is within the limit, and L rises.
 
 Differs  At a time limit, V(s_{t+1}) stands for the rewards that would have followed (it
-         bootstraps); at a true end, it counts as 0. F is damped, as in the authors' code. The
-         advantages are centred; their scale does not change the step. The critic V is fitted by
-         Adam, on minibatches, to A + V_old. Observations are normalised, and rewards divided by
-         the running standard deviation of returns.
+         bootstraps); at a true end, it counts as 0. F is damped, as in the authors' code.
+         Advantages are centred; their scale makes no difference to the step. The critic V is
+         fitted by Adam, on minibatches, to A + V_old, where V_old is V before it. Observations
+         are normalised, and rewards divided by the running standard deviation of returns.
 Shapes   T steps of N environments in a rollout, B of them in a batch; O numbers of an
          observation; K numbers of an action; W weights of the policy. Row t is the step from t to
          t+1.
 Run      python trpo_continuous.py
          python trpo_continuous.py --env-id Hopper-v5 --gamma 0.99 --total-timesteps 1000000
              (needs gymnasium[mujoco])
-Expect   not yet
+Expect   Return
 """
 
 import contextlib
@@ -379,7 +379,7 @@ def line_search(
 def update_policy(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One step of the policy on a whole rollout (2015, appendix C) -> metrics.
 
-    It is not compiled: most of its time goes into a few large matrix products.
+    It is not compiled: its time goes into large matrix products, which would be no faster.
     """
     batch = batch._replace(advantages=batch.advantages - batch.advantages.mean())
     weights, means = policy_weights(agent), agent.actor(agent.normalize(batch.obs))
