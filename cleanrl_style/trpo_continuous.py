@@ -393,7 +393,7 @@ def update_policy(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
 
     x = conjugate_gradient(matvec, gradient, args.cg_iterations)
     # After any number of iterations the residual is orthogonal to x, so x . F x is x . gradient.
-    step = (2 * args.target_kl / (x @ gradient).clamp(min=1e-30)).sqrt() * x  # 0 if x is 0
+    step = (2 * args.target_kl / (x @ gradient)).sqrt() * x  # NaN, and refused, if x is 0
     gain, divergence, fraction = line_search(agent, batch, step, args)
     _, entropy = log_prob_and_entropy(means, agent.log_std, batch.actions)
     return {

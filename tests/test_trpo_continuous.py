@@ -326,6 +326,7 @@ def search(factor, **settings):
     """Along the policy gradient, times a factor. What line_search returns, and where it went."""
     agent = small_agent()
     batch = make_batch(agent, rows=200)
+    batch = batch._replace(advantages=batch.advantages + 1)  # only what is gained counts
     step = factor * policy_gradient(agent, batch)
     before = script.flatten(script.policy_weights(agent)).detach()
     found = script.line_search(agent, batch, step, script.Args(**settings))
@@ -369,12 +370,14 @@ def test_a_step_that_diverges_or_does_not_gain_is_refused(factor, settings):
 def test_update_fits_the_critic_alone():
     agent, reference = make_agent(), make_agent()
     obs, returns = torch.randn(20, 3), torch.randn(20)
+    agent.obs_statistics.update(torch.tensor([[1.0, 10, 0], [3, 30, 0.2]]))  # 2 ± 1, 20 ± 10 ...
+    normalised = (obs - torch.tensor([2, 20, 0.1])) / torch.tensor([1, 10, 0.1])
     batch = script.Batch(obs, torch.randn(20, 2), returns, returns, returns)
     for weights in agent.parameters():
         weights.grad = torch.ones_like(weights)  # one that is left over is no matter
     optimizer = torch.optim.SGD(agent.critic.parameters(), lr=0.1)
     metrics = script.update(agent, optimizer, batch, script.Args())
-    loss = ((reference.critic(obs).squeeze(1) - returns) ** 2).mean() / 2
+    loss = ((reference.critic(normalised.clamp(-10, 10)).squeeze(1) - returns) ** 2).mean() / 2
     assert metrics["losses/value_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     loss.backward()
     torch.optim.SGD(reference.critic.parameters(), lr=0.1).step()
