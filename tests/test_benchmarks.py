@@ -160,9 +160,9 @@ def test_the_floor_counts_the_products_of_the_networks(monkeypatch, capfd):
     backward = 2 * (
         first + 2 * second + 2 * third
     )  # the gradients of weights, and of what goes into layers 2 and 3
-    expected = steps * forward + gradient_steps * batch * (
+    expected = gradient_steps * batch * (
         2 * forward + backward
-    )  # the target network, the other one
+    )  # the target network, the other one; acting is in NumPy
     assert floor.operations(dqn_cartpole, args) == expected
 
 
@@ -244,9 +244,9 @@ def test_speed_is_told_in_full(script):
     for arguments in told["floors"].values():
         tyro.cli(args, args=[*told["flags"].split(), *arguments.split()[2:]])
     assert {peer["equal"] for peer in told["peers"].values()} <= set(told["variants"])
-    options = speed.argparse.Namespace(cleanrl="here", sb3_python="here")
+    options = speed.argparse.Namespace(cleanrl="here", sb3_python="here", sbx_python="here")
     assert set(plot.speeds(script)[1]) <= set(speed.programs(script, options))
-    options = speed.argparse.Namespace(cleanrl=None, sb3_python=None)
+    options = speed.argparse.Namespace(cleanrl=None, sb3_python=None, sbx_python=None)
     names = [name for name in speed.programs(script, options) if name.startswith(f"{script}.py, ")]
     assert len(names) == len(told["variants"])
 

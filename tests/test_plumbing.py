@@ -142,6 +142,12 @@ def test_a_missing_device_is_refused(bench, run_dir):
 PLACES = ["a_file", "a_file/runs", "x" * 300, "/proc/runs", "dangling/runs"]
 
 
+def test_without_a_compiler_compile_is_refused(bench):
+    bench.environment |= {"PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(bench.folder / "cache")}
+    is_refused(bench.run("--compile"), "--compile needs PyTorch 2.13 and a C++ compiler")
+    assert not list(bench.folder.glob("runs/*/checkpoint.pt"))
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_folder_that_cannot_be_written_is_refused(bench, place):
     (bench.folder / "a_file").write_text("mine")
@@ -165,7 +171,8 @@ def test_arguments_keep_their_bounds(script):
         default = getattr(args(), name)
         if isinstance(default, int | float) and not isinstance(default, bool):
             kind, low, high = bounds(hint)
-            wrong = [low - 1, high + 1] if kind is int else [math.nan, math.inf, -1e-30, high * 2]
+            less = low * 2 if low < 0 else -1e-30
+            wrong = [low - 1, high + 1] if kind is int else [math.nan, math.inf, less, high * 2]
             for value in [*wrong, str(default), np.float64(default), torch.tensor(default)]:
                 with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
                     args(**{name: value})

@@ -1,7 +1,8 @@
 """The speed that a script cannot beat: python floor.py SCRIPT FIRST LAST [FLAGS OF THE SCRIPT]
 
 Prints the steps per second that would be left if nothing took time but the emulator, and the
-multiplications and additions of the networks at the rate of this machine's best matrix product.
+multiplications and additions of the networks at the rate of this machine's best matrix product
+(but not those of acting in NumPy, which are few).
 They are counted between the steps FIRST and LAST of a training. One thread for scripts that set
 one, else all cores.
 """
