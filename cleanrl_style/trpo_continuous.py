@@ -765,7 +765,8 @@ class Run:
                 with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
                     torch.compiler.reset()  # what other runs of this process have compiled
                     torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
-                    torch.compile(torch.sin)(torch.zeros(8, device=args.device))
+                    numbers = torch.zeros(8, device=args.device)
+                    torch.compile(lambda x: x.sin(), fullgraph=True)(numbers)
             if args.capture_video:  # fails now, not after the training
                 Envs(args, 1, EVALUATION, draw=True).close()
             with as_usage_error("cannot write", OSError):  # or it is locked by another process
