@@ -37,9 +37,10 @@ Shapes   T steps of N environments in a rollout, B of them in a batch; O numbers
          observation; K numbers of an action; W weights of the policy. Row t is the step from t to
          t+1.
 Run      python trpo_continuous.py
-         python trpo_continuous.py --env-id Hopper-v5 --gamma 0.99 --total-timesteps 1000000
+         python trpo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000 --num-envs 2 \
+             --gamma 0.99 --cg-iterations 25 --num-minibatches 8 --update-epochs 20 --compile
              (needs gymnasium[mujoco])
-Expect   Return
+Expect   Not recorded yet.
 """
 
 import contextlib
