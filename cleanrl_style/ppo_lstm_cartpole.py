@@ -161,18 +161,15 @@ def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """pi(a|s) and V(s), where s is all that was seen of the episode: a layer, an LSTM, two heads."""
+    """pi(a|s) and V(s), where s is what was seen of the episode: a layer, an LSTM, two heads."""
 
     def __init__(self, obs_size: int, num_actions: int, hide: set[int], norm_obs: bool) -> None:
         super().__init__()
         self.seen = [i for i in range(obs_size) if i not in hide]
         self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
         self.encoder = layer(len(self.seen), 64)
-        self.lstm = nn.LSTMCell(64, HIDDEN)
-        nn.init.orthogonal_(self.lstm.weight_ih)
-        nn.init.orthogonal_(self.lstm.weight_hh)
-        nn.init.zeros_(self.lstm.bias_ih)
-        nn.init.zeros_(self.lstm.bias_hh)
+        self.input_gates = layer(64, 4 * HIDDEN, 1.0)  # W and b of i, f, g, o
+        self.hidden_gates = layer(HIDDEN, 4 * HIDDEN, 1.0)  # U of the same
         self.actor = layer(HIDDEN, num_actions, 0.01)  # makes the first policy nearly uniform
         self.critic = layer(HIDDEN, 1, 1.0)
         self.state = None  # of the episodes that `play` plays; no part of the checkpoint
@@ -185,14 +182,14 @@ class Agent(nn.Module):
         After an end, of either kind, the next step starts from a state of 0.
         """
         inputs = self.encoder(self.normalize(obs)[..., self.seen]).tanh()
-        hidden, cells = [], []
-        h, c = state
-        for t in range(len(obs)):
-            h, c = self.lstm(inputs[t], (h, c))
-            hidden.append(h)
-            cells.append(c)
-            h, c = h * ~ended[t, :, None], c * ~ended[t, :, None]
-        states = torch.stack([torch.stack(hidden), torch.stack(cells)])
+        (h, c), states = state, []
+        for gates, goes_on in zip(self.input_gates(inputs), ~ended[..., None]):
+            i, f, g, o = (gates + self.hidden_gates(h)).chunk(4, dim=-1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            states.append(torch.stack([h, c]))
+            h, c = h * goes_on, c * goes_on
+        states = torch.stack(states, dim=1)
         return self.actor(states[0]), self.critic(states[0]).squeeze(-1), states
 
     def normalize(self, obs: Tensor) -> Tensor:
@@ -218,9 +215,8 @@ class Actor:
     """
 
     def __init__(self, agent: Agent) -> None:
-        parts = agent.encoder, agent.lstm, agent.actor
-        weights = [[w.detach().cpu().numpy() for w in part.parameters()] for part in parts]
-        self.encoder, self.lstm, self.head = weights
+        parts = agent.encoder, agent.input_gates, agent.hidden_gates, agent.actor
+        self.layers = [[w.detach().cpu().numpy() for w in part.parameters()] for part in parts]
         self.seen, self.statistics = agent.seen, None
         if agent.obs_statistics is not None:
             mean, variance = agent.obs_statistics.mean, agent.obs_statistics.variance
@@ -231,15 +227,12 @@ class Actor:
         if self.statistics is not None:
             mean, deviation = self.statistics
             obs = ((obs - mean) / deviation).clip(-10, 10)
-        weight, bias = self.encoder
-        inputs, (h, c) = np.tanh(obs[:, self.seen] @ weight.T + bias), state
-        w_x, w_h, b_x, b_h = self.lstm
-        gates = inputs @ w_x.T + b_x + h @ w_h.T + b_h
-        i, f, g, o = np.split(gates, 4, axis=1)  # in PyTorch's order
+        (w, b), (w_x, b_x), (w_h, b_h), (w_actor, b_actor) = self.layers
+        inputs, (h, c) = np.tanh(obs[:, self.seen] @ w.T + b), state
+        i, f, g, o = np.split(inputs @ w_x.T + b_x + h @ w_h.T + b_h, 4, axis=-1)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
-        weight, bias = self.head
-        return h @ weight.T + bias, np.stack([h, c])
+        return h @ w_actor.T + b_actor, np.stack([h, c])
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
