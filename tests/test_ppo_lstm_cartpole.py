@@ -458,14 +458,14 @@ def greedy(agent, path):
 
 
 def test_the_evaluation_remembers_each_episode_by_itself():
-    """Fifty episodes in three environments, which have done at different times."""
-    agent, args = make_agent(2), script.Args(**FEW | {"eval_episodes": 50})
+    """Fifty episodes in a few environments, which have done at different times."""
+    agent = make_agent(2)
     with torch.no_grad():  # no action is the best one everywhere
         start = torch.zeros(2, 999, script.HIDDEN), torch.zeros(3, 999).bool()
         agent.actor.bias -= agent(torch.rand(3, 999, 2), *start)[0].mean((0, 1))
-    for _ in range(2):
+    for num_envs in (3, 2):
         Diary.made.clear()
-        script.evaluate(args, agent)
+        script.evaluate(script.Args(**FEW | {"eval_episodes": 50, "num_envs": num_envs}), agent)
         actions = []
         for env in Diary.made:
             path = []
@@ -509,22 +509,22 @@ def test_rewards_are_scaled_for_learning_only(tmp_path, monkeypatch, norm_reward
 
 
 @pytest.mark.parametrize("env_id, expected", [
-    ("Truncates-v0", [5, 5, 5]), ("Terminates-v0", [2.44, 1.8, 1])
+    ("Truncates-v0", [2, 2, 2]), ("Terminates-v0", [1.75, 1.5, 1])
 ])  # fmt: skip
 def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, expected):
-    """Truncated for ever, a reward of 1 is worth 1 / (1 - 0.8) = 5.
+    """Truncated for ever, a reward of 1 is worth 1 / (1 - 0.5) = 2.
 
     If every third step terminates, memory tells the three apart, which look alike.
     """
-    flags = {"env_id": env_id, "gamma": 0.8, "gae_lambda": 0.9, "total_timesteps": 4000}
-    flags |= {"update_epochs": 20, "num_minibatches": 1, "vf_coef": 1.0, "max_grad_norm": 10.0}
+    flags = {"env_id": env_id, "gamma": 0.5, "gae_lambda": 0.9, "total_timesteps": 2400}
+    flags |= {"update_epochs": 10, "num_minibatches": 1, "vf_coef": 1.0, "max_grad_norm": 10.0}
+    flags |= {"num_envs": 9, "num_steps": 7}  # rollouts begin within episodes
     saved, _ = train(script, tmp_path, **FEW | flags)
     agent = script.Agent(1, 2, set(), norm_obs=False)
     agent.load_state_dict(saved["network"])
-    state, ended = torch.zeros(2, 1, script.HIDDEN), torch.zeros(3, 1).bool()
-    assert agent(torch.ones(3, 1, 1), state, ended)[1][:, 0].tolist() == pytest.approx(
-        expected, abs=0.15
-    )
+    start = torch.zeros(2, 1, script.HIDDEN), torch.zeros(3, 1).bool()
+    values = agent(torch.ones(3, 1, 1), *start)[1].detach()[:, 0]
+    np.testing.assert_allclose(values, expected, atol=0.1)
 
 
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
