@@ -20,7 +20,7 @@ from torch.distributions import Categorical
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 2000 --num-envs 4 --num-steps 16 --num-minibatches 2 --update-epochs 2 "
+    "--total-timesteps 2000 --num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 2 "
     "--norm-obs --norm-reward --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
 )
 OWN = "discrete"
