@@ -11,18 +11,18 @@ Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equa
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
          estimation", equation 16. Hochreiter & Schmidhuber (1997), "Long short-term memory", with
          the forget gate f of Gers et al. (2000), "Learning to forget".
-Idea     One observation may not tell the state: by default, CartPole's two velocities are hidden.
-         So an LSTM carries h and c from step to step, and pi and V see h, which can depend on
-         all observations x of the episode so far:
+Idea     One observation may not tell the state: here, CartPole's two velocities are hidden. So an
+         LSTM carries two vectors, h and c, from step to step of an episode. pi and V see h_t, which
+         can depend on all observations so far; x_t is made of the last one.
 
-             i, f, o = sigmoid(W x_t + U h_{t-1} + b), each with weights of its own
+             i, f, o = sigmoid(W x_t + U h_{t-1} + b)           W, U, b differ for i, f, o, g
              g       = tanh(W x_t + U h_{t-1} + b)
              c_t     = f * c_{t-1} + i * g
              h_t     = o * tanh(c_t)
 
          The rest is PPO. Play T steps in N environments, estimate the advantage A of each action,
-         and make actions of positive advantage more likely, but gain nothing by moving the ratio
-         to pi_old, the policy that played, further than epsilon from 1:
+         and make actions of positive advantage more likely and the others less; but gain nothing
+         by moving the probability ratio to pi_old, which played, further than epsilon from 1.
 
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        TD error
              A_t     = delta_t + gamma * lambda * A_{t+1}       advantage
@@ -30,12 +30,12 @@ Idea     One observation may not tell the state: by default, CartPole's two velo
              loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
                        + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
 
-Differs  h and c are 0 where an episode begins. A rollout begins with those that the last one ended
-         with; its gradient goes back T steps at most. A minibatch is of whole environments. At a
-         time limit, V(s_{t+1}) stands for the rewards that would have followed, with the memory
-         that led there; at a true end, it counts as 0. Advantages are normalised in each
-         minibatch, gradients are clipped, the learning rate falls linearly to 0.
-         A policy of load_policy remembers all its calls: load it anew for each episode.
+Differs  h and c are 0 where an episode begins, after an end of either kind. A rollout begins with
+         those that the last one ended with, and its gradient goes back no further. Minibatches are
+         of whole environments. At a time limit, V(s_{t+1}) bootstraps, from the memory that led
+         there; at a true end, it counts as 0. pi and V share the LSTM, so rewards are scaled. As in
+         other PPOs, advantages are normalised, gradients clipped, and the learning rate annealed.
+         load_policy's policy remembers all its calls: load it anew for each episode.
 Shapes   T steps of N environments in a rollout; O numbers of an observation; K actions; H units of
          the LSTM. Row t is the step from t to t+1.
 Run      python ppo_lstm_cartpole.py
@@ -92,14 +92,14 @@ HIDDEN = 64  # units of the LSTM (H)
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium environment, or my_module:MyEnv-v0
     env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
-    hide: str = "1,3"  # numbers of the observation that the agent never sees, counted from 0
+    hide: str = "1,3"  # numbers of the observation hidden from the agent, from 0; empty: none
     seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
     total_timesteps: Steps = 200_000  # environment steps to train for, at least
-    num_envs: SmallCount = 16  # parallel environments (N)
+    num_envs: SmallCount = 32  # parallel environments (N)
 
     learning_rate: Positive = 1e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
-    num_steps: Count = 32  # steps of each environment in a rollout (T)
+    num_steps: Count = 16  # steps of each environment in a rollout (T)
     gamma: Fraction = 0.98  # discount factor
     gae_lambda: Fraction = 0.95  # lambda of GAE; 0: one-step TD error, 1: Monte Carlo return
     num_minibatches: Count = 2  # minibatches in an epoch, with one gradient step each
