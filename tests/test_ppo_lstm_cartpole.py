@@ -24,7 +24,7 @@ TINY = (
     "--norm-obs --norm-reward --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
 )
 OWN = "discrete"
-OWN_FLAGS = "--total-timesteps 20000 --hide ''"
+OWN_FLAGS = "--total-timesteps 20000 --hide="
 WRONG_SPACES = ["Pendulum-v1"]
 DIVERGES = "--learning-rate 1e30"
 BAD = [
@@ -62,7 +62,7 @@ SPEED = {
             "equal": "compiled",
         },
     },
-    "flags": "--hide '' --no-norm-reward",
+    "flags": "--hide= --no-norm-reward",
     "variants": {"compiled": "--compile", "not compiled": ""},
     "floors": {},
 }
