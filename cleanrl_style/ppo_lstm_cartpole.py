@@ -111,6 +111,7 @@ class Args:
     max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of returns
+    memory: bool = True  # carry h and c from step to step; if not, they are always 0
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
@@ -163,8 +164,11 @@ def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 class Agent(nn.Module):
     """pi(a|s) and V(s), where s is what was seen of the episode: a layer, an LSTM, two heads."""
 
-    def __init__(self, obs_size: int, num_actions: int, hide: set[int], norm_obs: bool) -> None:
+    def __init__(
+        self, obs_size: int, num_actions: int, hide: set[int], norm_obs: bool, memory: bool
+    ) -> None:
         super().__init__()
+        self.memory = memory
         self.seen = [i for i in range(obs_size) if i not in hide]
         self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
         self.encoder = layer(len(self.seen), 64)
@@ -182,8 +186,8 @@ class Agent(nn.Module):
         After an end, of either kind, the next step starts from a state of 0.
         """
         inputs = self.encoder(self.normalize(obs)[..., self.seen]).tanh()
-        (h, c), states = state, []
-        for gates, goes_on in zip(self.input_gates(inputs), ~ended[..., None]):
+        (h, c), states = state * self.memory, []
+        for gates, goes_on in zip(self.input_gates(inputs), ~ended[..., None] & self.memory):
             i, f, g, o = (gates + self.hidden_gates(h)).chunk(4, dim=-1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
@@ -202,7 +206,8 @@ class Agent(nn.Module):
 
 def make_network(args: Args, envs: "Envs") -> Agent:
     """An agent for these environments, which sees what --hide leaves."""
-    return Agent(envs.obs.shape[1], int(envs.action_space.n), hidden(args), args.norm_obs)
+    num_actions = int(envs.action_space.n)
+    return Agent(envs.obs.shape[1], num_actions, hidden(args), args.norm_obs, args.memory)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -217,7 +222,7 @@ class Actor:
     def __init__(self, agent: Agent) -> None:
         parts = agent.encoder, agent.input_gates, agent.hidden_gates, agent.actor
         self.layers = [[w.detach().cpu().numpy() for w in part.parameters()] for part in parts]
-        self.seen, self.statistics = agent.seen, None
+        self.seen, self.memory, self.statistics = agent.seen, agent.memory, None
         if agent.obs_statistics is not None:
             mean, variance = agent.obs_statistics.mean, agent.obs_statistics.variance
             self.statistics = mean.cpu().numpy(), (variance + 1e-8).sqrt().cpu().numpy()
@@ -228,7 +233,7 @@ class Actor:
             mean, deviation = self.statistics
             obs = ((obs - mean) / deviation).clip(-10, 10)
         (w, b), (w_x, b_x), (w_h, b_h), (w_actor, b_actor) = self.layers
-        inputs, (h, c) = np.tanh(obs[:, self.seen] @ w.T + b), state
+        inputs, (h, c) = np.tanh(obs[:, self.seen] @ w.T + b), state * self.memory
         i, f, g, o = np.split(inputs @ w_x.T + b_x + h @ w_h.T + b_h, 4, axis=-1)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)

@@ -82,10 +82,10 @@ def test_what_ppo_has_too_is_the_same_and_tested_there(name):
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-def make_agent(obs_size=4, num_actions=3, hide=(), norm_obs=False, seed=0):
+def make_agent(obs_size=4, num_actions=3, hide=(), norm_obs=False, memory=True, seed=0):
     """With weights that are not as even as those of a new one, so that all of it matters."""
     torch.manual_seed(seed)
-    agent = script.Agent(obs_size, num_actions, set(hide), norm_obs)
+    agent = script.Agent(obs_size, num_actions, set(hide), norm_obs, memory)
     with torch.no_grad():
         for weights in agent.parameters():
             weights += 0.3 * torch.randn_like(weights)
@@ -176,10 +176,23 @@ def test_nothing_leaks_across_an_end():
     assert reached.T.int().tolist() == [[0] * 5 + [1] * 3] + [[1] * 8] * 4
 
 
-@pytest.mark.parametrize("norm_obs, hide", [(False, ()), (True, (1, 3)), (False, (0,))])
-def test_the_actor_in_numpy_is_the_agent_also_after_an_update(norm_obs, hide):
+def test_without_memory_each_step_is_the_first():
+    agent = make_agent(memory=False)
+    obs, state, *ends = random_sequence()
+    logits, values, _ = agent(obs, state, ends[0] | ends[1])
+    alone = obs.flatten(0, 1)[None], torch.zeros(2, 60, script.HIDDEN), torch.zeros(1, 60).bool()
+    first_logits, first_values, _ = make_agent(memory=True)(*alone)
+    torch.testing.assert_close(logits.flatten(0, 1), first_logits[0])
+    torch.testing.assert_close(values.flatten(), first_values[0])
+
+
+@pytest.mark.parametrize(
+    "norm_obs, hide, memory",
+    [(False, (), True), (True, (1, 3), True), (False, (0,), True), (False, (), False)],
+)
+def test_the_actor_in_numpy_is_the_agent_also_after_an_update(norm_obs, hide, memory):
     """Step by step, with ends; its cell is nn.LSTM's. No product overflows."""
-    agent = make_agent(hide=hide, norm_obs=norm_obs)
+    agent = make_agent(hide=hide, norm_obs=norm_obs, memory=memory)
     if norm_obs:
         agent.obs_statistics.update(3 * torch.randn(100, 4) + 1)
     obs, state, *ends = random_sequence(num_steps=30)
@@ -233,7 +246,7 @@ def test_hidden_numbers_change_nothing(norm_obs):
 
 
 def test_the_network_starts_orthogonal_and_the_policy_nearly_uniform():
-    agent = script.Agent(4, 3, {1}, norm_obs=False)
+    agent = script.Agent(4, 3, {1}, norm_obs=False, memory=True)
     assert agent.seen == [0, 2, 3]
     layers = [(agent.encoder, 2**0.5), (agent.actor, 0.01), (agent.critic, 1.0)]
     for linear, gain in [*layers, (agent.input_gates, 1.0), (agent.hidden_gates, 1.0)]:
@@ -400,7 +413,7 @@ def test_every_minibatch_has_an_environment_and_two_steps():
 
 FEW = dict(
     env_id="Diary-v0", hide="", total_timesteps=600, num_envs=3, num_steps=20, num_minibatches=2,
-    update_epochs=2, eval_episodes=2, learning_rate=1e-2, norm_adv=False,
+    update_epochs=2, eval_episodes=2, learning_rate=1e-2, norm_adv=False, norm_reward=False,
 )  # fmt: skip
 
 
@@ -480,7 +493,7 @@ def test_the_evaluation_remembers_each_episode_by_itself():
 
 def test_load_policy_remembers_an_episode(tmp_path):
     saved, _ = train(script, tmp_path, **FEW)
-    agent = script.Agent(2, 3, set(), norm_obs=False)
+    agent = script.Agent(2, 3, set(), norm_obs=False, memory=True)
     agent.load_state_dict(saved["network"])
     (folder,) = tmp_path.iterdir()
     for seed in range(3):
@@ -501,7 +514,8 @@ def test_statistics_change_only_between_updates_and_the_next_rollout(tmp_path, m
 
 @pytest.mark.parametrize("norm_reward", [True, False])
 def test_rewards_are_scaled_for_learning_only(tmp_path, monkeypatch, norm_reward):
-    check_ppo_rewards(script, tmp_path, monkeypatch, **FEW, norm_reward=norm_reward, gamma=0.9)
+    flags = FEW | {"norm_reward": norm_reward, "gamma": 0.9}
+    check_ppo_rewards(script, tmp_path, monkeypatch, **flags)
 
 
 @pytest.mark.parametrize("env_id, expected", [
@@ -516,7 +530,7 @@ def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, expected):
     flags |= {"update_epochs": 10, "num_minibatches": 1, "vf_coef": 1.0, "max_grad_norm": 10.0}
     flags |= {"num_envs": 9, "num_steps": 7}  # rollouts begin within episodes
     saved, _ = train(script, tmp_path, **FEW | flags)
-    agent = script.Agent(1, 2, set(), norm_obs=False)
+    agent = script.Agent(1, 2, set(), norm_obs=False, memory=True)
     agent.load_state_dict(saved["network"])
     start = torch.zeros(2, 1, script.HIDDEN), torch.zeros(3, 1).bool()
     values = agent(torch.ones(3, 1, 1), *start)[1].detach()[:, 0]
@@ -533,6 +547,6 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
         "seed": 2, "total_timesteps": 250, "num_envs": 4, "learning_rate": 5e-3, "anneal_lr": False,
         "num_steps": 25, "gamma": 0.3, "gae_lambda": 0.2, "num_minibatches": 3, "update_epochs": 3,
         "norm_adv": True, "clip_coef": 0.01, "ent_coef": 0.1, "vf_coef": 0.1, "max_grad_norm": 0.01,
-        "norm_obs": True, "norm_reward": True,
+        "norm_obs": True, "norm_reward": True, "memory": False,
     })  # fmt: skip
     assert outcome(hide="0") != outcome(hide="1") != outcome()
