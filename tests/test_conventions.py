@@ -26,8 +26,8 @@ TAGS = {
     "charts/learning_rate",
     "charts/SPS",  # environment steps per second of training so far
     "charts/epsilon",  # probability of a random action
-    "losses/td_loss",  # of the last gradient step's batch
-    "losses/q_values",  # mean of Q(s, a)
+    "losses/td_loss",  # of the last gradient step's batch; PQN: mean over the minibatches
+    "losses/q_values",  # mean of Q(s, a), over the same
     "losses/policy_loss",
     "losses/value_loss",
     "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches
