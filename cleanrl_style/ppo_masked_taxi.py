@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0",
+#   "torch>=2.4.0", "gymnasium[classic-control]>=1.4.0", "tyro>=1.0.16", "tensorboard>=2.20.0",
 #   "tqdm>=4.66.0",
 # ]
 # ///
@@ -154,7 +154,7 @@ class MaskInObs(gym.Wrapper):
         return self.show(obs, info, terminated or truncated), reward, terminated, truncated, info
 
     def show(self, obs: object, info: dict, ended: bool) -> dict:
-        """What the network gets. At the end of an episode, no action has to be valid."""
+        """Mask and observation. Where an episode has ended, no action has to be valid."""
         mask = np.asarray(info.get("action_mask"))
         if not self.masks.contains(mask):
             numbers = f"{self.masks.n} numbers of 0 and 1"
@@ -169,7 +169,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     env = make_flat_env(args, render_mode)
     if not isinstance(env.action_space, gym.spaces.Discrete):
         raise UsageError(f"needs Discrete actions; {args.env_id} has {env.action_space}")
-    if args.mask_actions and "action_mask" in env.reset(seed=args.seed)[1]:
+    if args.mask_actions and "action_mask" in env.reset(seed=0)[1]:
         flattened = isinstance(env, gym.wrappers.FlattenObservation)
         env = gym.wrappers.FlattenObservation(MaskInObs(env.env if flattened else env))
     return env
@@ -225,8 +225,7 @@ def make_network(args: Args, envs: "Envs") -> Agent:
 
 # ---- The algorithm -------------------------------------------------------------------------------
 
-
-LOWEST = torch.finfo(torch.float32).min  # not -inf: its gradient, and 0 * -inf, would be NaN
+LOWEST = torch.finfo(torch.float32).min  # and not -inf: 0 * -inf, in the entropy, would be NaN
 
 
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
