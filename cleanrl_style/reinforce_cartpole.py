@@ -31,10 +31,10 @@ Run      python reinforce_cartpole.py
          Textbook form: --num-envs 1 --no-normalize-returns --no-anneal-lr --learning-rate 1e-3
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 20 (worst to best
          seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC beside
-         other work, for Acrobot of an Intel Xeon:
-             CartPole-v1                   497.5 (483.9 to 500.0)   100k steps   10 s
-             CartPole-v1, textbook form    443.8 (174.0 to 500.0)   100k steps   22 s
-             Acrobot-v1                    -83.4 (-91.8 to -78.0)   400k steps   30 s
+         other work:
+             CartPole-v1                   497.5 (483.9 to 500.0)   100k steps    6 s
+             CartPole-v1, textbook form    443.8 (174.0 to 500.0)   100k steps   14 s
+             Acrobot-v1                    -84.4 (-89.9 to -78.6)   400k steps   25 s
 """
 
 import contextlib

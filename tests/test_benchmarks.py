@@ -244,9 +244,9 @@ def test_speed_is_told_in_full(script):
     for arguments in told["floors"].values():
         tyro.cli(args, args=[*told["flags"].split(), *arguments.split()[2:]])
     assert {peer["equal"] for peer in told["peers"].values()} <= set(told["variants"])
-    options = speed.argparse.Namespace(cleanrl="here", sb3_python="here")
+    options = speed.argparse.Namespace(cleanrl="here", sb3_python="here", sbx_python="here")
     assert set(plot.speeds(script)[1]) <= set(speed.programs(script, options))
-    options = speed.argparse.Namespace(cleanrl=None, sb3_python=None)
+    options = speed.argparse.Namespace(cleanrl=None, sb3_python=None, sbx_python=None)
     names = [name for name in speed.programs(script, options) if name.startswith(f"{script}.py, ")]
     assert len(names) == len(told["variants"])
 

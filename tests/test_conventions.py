@@ -34,6 +34,7 @@ TAGS = {
     "losses/clipfrac",  # share of the steps where the ratio is clipped
     "losses/explained_variance",  # of the returns, by the values before the update
     "losses/entropy",  # of the policy, in nats, mean over the steps
+    "losses/alpha",  # temperature: weight of the entropy
     "eval/episodic_return",  # mean over the episodes of one evaluation
     "eval/episodic_length",
     "eval/episode",  # the GIF

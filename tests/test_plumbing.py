@@ -171,7 +171,8 @@ def test_arguments_keep_their_bounds(script):
         default = getattr(args(), name)
         if isinstance(default, int | float) and not isinstance(default, bool):
             kind, low, high = bounds(hint)
-            wrong = [low - 1, high + 1] if kind is int else [math.nan, math.inf, -1e-30, high * 2]
+            less = low * 2 if low < 0 else -1e-30
+            wrong = [low - 1, high + 1] if kind is int else [math.nan, math.inf, less, high * 2]
             for value in [*wrong, str(default), np.float64(default), torch.tensor(default)]:
                 with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
                     args(**{name: value})
