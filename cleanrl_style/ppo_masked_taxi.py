@@ -94,18 +94,18 @@ class Args:
     env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
     seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
     total_timesteps: Steps = 100_000  # environment steps to train for, at least
-    num_envs: SmallCount = 8  # parallel environments (N)
+    num_envs: SmallCount = 16  # parallel environments (N)
 
-    learning_rate: Positive = 1e-3  # step size of Adam
+    learning_rate: Positive = 2.5e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     num_steps: Count = 32  # steps of each environment in a rollout (T)
     gamma: Fraction = 0.98  # discount factor
-    gae_lambda: Fraction = 0.8  # lambda of GAE; 0: one-step TD error, 1: Monte Carlo return
-    num_minibatches: Count = 1  # minibatches in an epoch, with one gradient step each
-    update_epochs: Count = 20  # epochs over a rollout
+    gae_lambda: Fraction = 0.9  # lambda of GAE; 0: one-step TD error, 1: Monte Carlo return
+    num_minibatches: Count = 4  # minibatches in an epoch, with one gradient step each
+    update_epochs: Count = 10  # epochs over a rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: Positive = 0.2  # clip range of the probability ratio (epsilon)
-    ent_coef: Weight = 0.0  # weight of the entropy in the loss
+    ent_coef: Weight = 0.05  # weight of the entropy in the loss
     vf_coef: Weight = 0.5  # weight of the value loss in the loss
     max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
