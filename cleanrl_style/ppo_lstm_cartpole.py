@@ -39,7 +39,10 @@ Differs  h and c are 0 where an episode begins, after an end of either kind. A r
 Shapes   T steps of N environments in a rollout; O numbers of an observation; K actions; H units of
          the LSTM. Row t is the step from t to t+1.
 Run      python ppo_lstm_cartpole.py
-Expect   To be recorded.
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with --compile, start-up and evaluation, on one core of an AMD
+         EPYC that had much other work, too:
+             CartPole-v1     481.6 (327.6 to 500.0)    200k steps   160 s   its velocities hidden
 """
 
 import contextlib

@@ -32,10 +32,10 @@ Shapes   T steps of N environments in a rollout, B of them in a minibatch; O num
          observation; K actions. Row t is the step from t to t+1.
 Run      python pqn_cartpole.py
          python pqn_cartpole.py --env-id Acrobot-v1 --total-timesteps 200000
-Expect   Return of the greedy policy over 100 episodes in trials, mean over seeds 101 and 102 (and
-         each); ten seeds are not recorded yet:
-             CartPole-v1     500.0 (500.0, 500.0)    100k steps
-             Acrobot-v1      -86.2 (-88.0, -84.4)    200k steps
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
+         had much other work, too:
+             CartPole-v1     494.4 (443.7 to 500.0)    100k steps    64 s
 """
 
 import contextlib
