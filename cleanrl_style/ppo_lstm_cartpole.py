@@ -39,10 +39,13 @@ Differs  h and c are 0 where an episode begins, after an end of either kind. A r
 Shapes   T steps of N environments in a rollout; O numbers of an observation; K actions; H units of
          the LSTM. Row t is the step from t to t+1.
 Run      python ppo_lstm_cartpole.py
+         python ppo_lstm_cartpole.py --env-id Acrobot-v1 --hide=    (hides nothing)
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
          seed), and median wall time with --compile, start-up and evaluation, on one core of an AMD
          EPYC that had much other work, too:
              CartPole-v1     481.6 (327.6 to 500.0)    200k steps   160 s   its velocities hidden
+             With --no-memory, seeds 1 to 3:
+                             42.6 (41.7 to 43.8)       200k steps   173 s
 """
 
 import contextlib

@@ -110,7 +110,7 @@ def test_the_gif_moves(reference):
         for i in range(gif.n_frames):
             gif.seek(i)
             frames.add(gif.convert("RGB").tobytes())
-        assert len(frames) > 3 and min(gif.size) > 50
+        assert len(frames) > 1 and min(gif.size) > 50
     (image,) = events(reference.run_dir).Images("eval/episode")
     assert image.encoded_image_string == (reference.run_dir / "episode.gif").read_bytes()
 
