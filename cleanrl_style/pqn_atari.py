@@ -26,11 +26,11 @@ Idea     Learn Q(s, a), the expected discounted return of action a in state s if
          is random with probability epsilon, which decays. RAdam is Adam that warms up.
 Differs  8 games and rollouts of 128 steps, as in PPO, instead of 128 and 32, for a few cores; the
          minibatches have 256 steps, not 128, in 4 epochs, not 2. The learning rate falls linearly
-         to 0. At a time limit, G_t counts the rewards that would have followed, as after the last
-         step of a rollout. As in the authors' code, a convolution is normalised over its channels,
-         at each place of the picture (CleanRL: over channels and places), and the learner sees the
-         sign of a reward, and a lost life as an end; what is logged are the true scores of whole
-         games. With --norm-obs, pixels are normalised by running statistics.
+         to 0. A convolution is normalised over channels and places together, as in CleanRL; in the
+         authors' code, over the channels at each place. At a time limit, G_t counts the rewards
+         that would have followed, as after the last step of a rollout. As in DQN, the learner sees
+         the sign of a reward, and a lost life as an end; what is logged are the true scores of
+         whole games. With --norm-obs, pixels are normalised by running statistics.
 Shapes   T steps (four frames each) of N games in a rollout, B of them in a minibatch; K actions.
          Row t is the step from t to t+1.
 Run      python pqn_atari.py
@@ -165,24 +165,20 @@ def make_games(args: Args, num_envs: int, **picture: int) -> gym.vector.VectorEn
     return games
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the C channels, at each place: (B, C, H, W) -> the same shape."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # copies nothing
-
-
 class QNetwork(nn.Module):
-    """Q(s, .): three convolutions and two linear layers, all but the last one normalised."""
+    """Q(s, .): three convolutions and two linear layers, all but the last one normalised.
+
+    One group is all channels and places: layer normalisation, but in channels_last without a copy.
+    """
 
     def __init__(self, num_actions: int, bfloat16: bool, norm_obs: bool) -> None:
         super().__init__()
         self.bfloat16 = bfloat16
         self.obs_statistics = RunningStatistics(84 * 84) if norm_obs else None  # of each pixel
         self.features = nn.Sequential(
-            nn.Conv2d(STACK, 32, 8, stride=4), ChannelNorm(32), nn.ReLU(),  # (B, 32, 20, 20)
-            nn.Conv2d(32, 64, 4, stride=2), ChannelNorm(64), nn.ReLU(),  # (B, 64, 9, 9)
-            nn.Conv2d(64, 64, 3, stride=1), ChannelNorm(64), nn.ReLU(),  # (B, 64, 7, 7)
+            nn.Conv2d(STACK, 32, 8, stride=4), nn.GroupNorm(1, 32), nn.ReLU(),  # (B, 32, 20, 20)
+            nn.Conv2d(32, 64, 4, stride=2), nn.GroupNorm(1, 64), nn.ReLU(),  # (B, 64, 9, 9)
+            nn.Conv2d(64, 64, 3, stride=1), nn.GroupNorm(1, 64), nn.ReLU(),  # (B, 64, 7, 7)
             nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.LayerNorm(512), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(512, num_actions)

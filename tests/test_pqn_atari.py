@@ -89,13 +89,15 @@ def make_network(num_actions=4, bfloat16=False, norm_obs=False):
 
 
 def normalised(x, scale, shift):
-    """Of each row of the last dimension: mean 0 and variance 1, then scaled and shifted."""
-    x = x - x.mean(-1, keepdims=True)
-    return scale * x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) + shift
+    """Each row to mean 0 and variance 1; then each of its channels is scaled and shifted."""
+    each = (-1, *[1] * (x.ndim - 2))
+    rows = [row - np.mean(row) for row in x]
+    rows = np.stack([row / np.sqrt(np.mean(np.square(row)) + 1e-5) for row in rows])
+    return scale.reshape(each) * rows + shift.reshape(each)
 
 
 def test_each_hidden_layer_is_normalised_before_its_activation():
-    """A convolution over its channels, at each of its 20 * 20, 9 * 9 or 7 * 7 places alone."""
+    """A convolution over all its channels and places. Scale and shift are those of a channel."""
     network, x = make_network(18), frames().double() / 255
     weights = list(network.double().parameters())
     shapes = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512)]
@@ -105,9 +107,8 @@ def test_each_hidden_layer_is_normalised_before_its_activation():
     for i, (stride, side) in enumerate(((4, 20), (2, 9), (1, 7))):
         x = F.conv2d(x, weights[4 * i], weights[4 * i + 1], stride).detach()
         assert x.shape[2:] == (side, side)
-        places = x.numpy().transpose(0, 2, 3, 1)  # channels last
-        places = np.maximum(normalised(places, *numbers[4 * i + 2 : 4 * i + 4]), 0)
-        x = torch.from_numpy(places.transpose(0, 3, 1, 2).copy())
+        x = normalised(x.numpy(), *numbers[4 * i + 2 : 4 * i + 4])
+        x = torch.from_numpy(np.maximum(x, 0))
     x = x.flatten(1).numpy() @ numbers[12].T + numbers[13]
     x = np.maximum(normalised(x, *numbers[14:16]), 0)
     found = network.float()(frames())
@@ -123,7 +124,8 @@ def test_it_starts_as_the_authors_network_does():
     for layer, inputs in zip(layers, (4 * 64, 32 * 16, 64 * 9, 3136), strict=True):
         assert layer.weight.std().item() == pytest.approx((2 / inputs) ** 0.5, rel=0.03)
         assert not layer.bias.any()
-    norms = [layer for layer in features if isinstance(layer, torch.nn.LayerNorm)]
+    kinds = torch.nn.GroupNorm | torch.nn.LayerNorm
+    norms = [layer for layer in features if isinstance(layer, kinds)]
     assert len(norms) == 4
     assert all((norm.weight == 1).all() and not norm.bias.any() for norm in norms)
 
@@ -236,6 +238,7 @@ def test_what_is_learned_from_is_what_was_played(tmp_path, monkeypatch, num_envs
 
 def test_every_epoch_learns_from_every_step_of_the_rollout_once(tmp_path, monkeypatch):
     """With the action and the return of that step."""
+    monkeypatch.setattr(script, "update", lambda *_: {"losses/td_loss": torch.zeros(())})
     rollouts, updates = (recorded(monkeypatch, script, name) for name in ("learn", "update"))
     train(tmp_path, num_minibatches=7, update_epochs=3)
     assert len(updates) == 4 * 3 * 7
