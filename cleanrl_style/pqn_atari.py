@@ -26,11 +26,12 @@ Idea     Learn Q(s, a), the expected discounted return of action a in state s if
          is random with probability epsilon, which decays. RAdam is Adam that warms up.
 Differs  8 games and rollouts of 128 steps, as in PPO, instead of 128 and 32, for a few cores; the
          minibatches have 256 steps, not 128, in 4 epochs, not 2. The learning rate falls linearly
-         to 0. A convolution is normalised over channels and places together, as in CleanRL; in the
-         authors' code, over the channels at each place. At a time limit, G_t counts the rewards
-         that would have followed, as after the last step of a rollout. As in DQN, the learner sees
-         the sign of a reward, and a lost life as an end; what is logged are the true scores of
-         whole games. With --norm-obs, pixels are normalised by running statistics.
+         to 0. What a convolution gives is normalised over channels and places together, as in
+         CleanRL, and scaled by channel; in the authors' code, over the channels at each place. At a
+         time limit, G_t counts the rewards that would have followed, as after the last step of a
+         rollout. As in DQN, the learner sees the sign of a reward, and a lost life as an end; what
+         is logged are the true scores of whole games. With --norm-obs, pixels are normalised by
+         running statistics.
 Shapes   T steps (four frames each) of N games in a rollout, B of them in a minibatch; K actions.
          Row t is the step from t to t+1.
 Run      python pqn_atari.py
