@@ -10,29 +10,32 @@
 Paper    Hessel et al. (2018), "Rainbow: Combining Improvements in Deep Reinforcement Learning".
          The data-efficient form: van Hasselt, Hessel, Aslanides (2019), "When to use parametric
          models in reinforcement learning?", appendix.
-Idea     dqn_atari.py, save that, unless the flag on the left is given,
+Idea     DQN learns Q(s, a), the expected discounted return of action a in state s, from a replay
+         buffer, towards targets with an older copy of the network, and acts greedily. Rainbow
+         improves it in six ways. Each has a flag that switches it off:
 
-             --no-double-q        Q chooses the action that Q_target evaluates
-             --no-dueling         Q is V(s) + A(s, a) - mean of A(s, .), of two streams of layers
-             --no-prioritized     a transition that is badly predicted is drawn more often
-             --n-step 1           y counts the rewards of n steps, not of one, before Q_target
-             --no-distributional  Z(s, a), the distribution of the return on M atoms, is learned
-             --no-noisy           noise in the linear layers, whose size is learned, explores
+             --no-double-q        the Q-network chooses the action that the target evaluates
+             --no-dueling         Q(s, a) = V(s) + A(s, a) - mean of A(s, .): two streams of layers
+             --no-prioritized     what was badly predicted is drawn more often from the buffer
+             --n-step 1           targets count the rewards of n steps
+             --no-distributional  Z(s, a), the return's distribution on M atoms, is learned
+             --no-noisy           linear layers have noise, of a size that is learned, to explore
 
-         The loss is then a mean over B transitions of n steps, or k < n where an episode ends:
+         With all of them, for B transitions of k = n steps, or fewer where an episode ends:
 
              y    = r_0 + gamma * r_1 + ... + gamma^(k-1) * r_(k-1) + gamma^k * Z_target(s_k, a*)
-             loss = mean of w * KL(y on the atoms || Z(s_0, a_0))    a* = argmax_a E Z(s_k, a)
-             P    ~ (KL + 1e-6)^alpha             probability of a transition, after its last draw
-             w    = (R N P)^-beta / max w         beta rises to 1: all count equally in the end
+             loss = mean of w * KL(y || Z(s_0, a_0))           a* = argmax_a mean of Z(s_k, a)
+             P    ~ (KL + 1e-6)^alpha        probability of a transition, after its last draw
+             w    = (R N P)^-beta / max w    makes up for P, in the end entirely: beta rises to 1
 
-         r_0 + ... + gamma^k * z falls between two atoms, which share its probability, as in C51.
-         With all six off, it is dqn_atari.py, to the last bit.
-Differs  N games are played side by side, with one gradient step for every 4 of their steps, and one
-         draw of the noise for all. Hidden layers are initialised, and life losses, time limits and
-         rewards treated, as in dqn_atari.py: the n steps end before one that a time limit
-         truncated, and count what would have followed. Evaluated is the mean of the weights, with
-         epsilon 0.01. Gradients are clipped at 10, as for dueling networks (Wang et al., 2016).
+         y is projected on the atoms, as in C51. With all six off, this is dqn_atari.py, to the
+         last bit.
+Differs  N games are played side by side, with one gradient step for every 4 of their steps, and the
+         same noise for all. Until learning starts, actions are random; the paper relies on the
+         noise. Hidden layers are initialised, and lost lives and rewards treated, as in
+         dqn_atari.py. A time limit is no end: the n steps stop before the one that it truncated,
+         and y bootstraps there. Gradients are clipped at 10, as for dueling networks (Wang et al.,
+         2016). In evaluation, weights are without noise, and epsilon is 0.01.
 Shapes   N games; B transitions of a batch; K actions; M atoms; R rows of the buffer.
 Run      python rainbow_atari.py
          python rainbow_atari.py --env-id ALE/Pong-v5 --total-timesteps 100000 --num-envs 1 \
@@ -128,7 +131,7 @@ class Args:
     prioritized: bool = True  # draw badly predicted transitions more often; off: uniformly
     prioritized_replay_alpha: Fraction = 0.5  # power of the error; 0: all are drawn equally often
     prioritized_replay_beta: Fraction = 0.4  # power that corrects for it, at first; at the end 1
-    noisy: bool = True  # linear layers have noise, and epsilon is 0 while training
+    noisy: bool = True  # noise in linear layers explores; epsilon is 0 once learning has started
     noise_scale: Weight = 0.5  # standard deviation of the noise at first, times sqrt(inputs)
     network: Literal["dqn", "small"] = "dqn"  # small: two convolutions, and 256 hidden units
     loss: Literal["huber", "squared"] = "huber"  # huber: gradients of large errors are clipped
@@ -211,7 +214,7 @@ class NoisyLinear(nn.Linear):
         self.register_buffer("output_noise", torch.zeros(outputs), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs) -> (B, outputs): the noise is on what goes in and out, not on the weights."""
+        """(B, inputs) -> (B, outputs). The factors of the noise go to what comes in and out."""
         noise = F.linear(x * self.input_noise, self.weight_sigma, self.bias_sigma)
         return super().forward(x) + self.output_noise * noise
 
@@ -319,20 +322,20 @@ def act(q_network: nn.Module, obs: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def noise_of(network: nn.Module) -> list[Tensor]:
-    """The numbers from which the noise of its layers is made."""
+    """The numbers of which the noise of its layers is made, one vector each."""
     return [noise for name, noise in network.named_buffers() if name.endswith("_noise")]
 
 
 @torch.no_grad()
 def draw_noise(network: nn.Module) -> None:
-    """Draws them anew: f(x) = sign(x) * sqrt(|x|) of normal x: Fortunato et al., page 5."""
+    """New ones, f(x) = sign(x) * sqrt(|x|) of normal x: Fortunato et al., equations 10 and 11."""
     for noise in noise_of(network):
         x = torch.randn(noise.shape)
         noise.copy_(x.sign() * x.abs().sqrt())
 
 
 def remove_noise(network: nn.Module) -> None:
-    """The weights are their means from now on."""
+    """From now on, the weights are their means."""
     for noise in noise_of(network):
         noise.zero_()
 
@@ -351,7 +354,7 @@ def n_step_returns(
     truncated: the observation after it is not stored.
     """
     ends = (terminated | truncated).long()
-    counted = (ends.cumsum(1) == ends) & ~truncated  # no end before it
+    counted = (ends.cumsum(1) == ends) & ~truncated  # none of the steps before it is an end
     discounts = gamma ** torch.arange(rewards.shape[1])
     returns = (rewards * discounts * counted).sum(1)
     return returns, (terminated & counted).any(1), counted.sum(1)
@@ -419,18 +422,10 @@ class Batch(NamedTuple):
     weights: Tensor  # of the loss, (B,)
 
 
-class Errors(NamedTuple):
-    """What a batch was off by. Row b of each:"""
-
-    losses: Tensor  # (B,)
-    errors: Tensor  # of which priorities are made: |y - Q|, or the loss if distributional, (B,)
-    q_values: Tensor  # Q(s, a), (B,)
-
-
-def value_errors(
+def value_losses(
     q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args
-) -> Errors:
-    """DQN: the distance of Q(s, a) from its target, Huber's or squared."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Without distributions, as DQN: losses, Huber or squared, errors |y - Q|, Q(s, a): (B,)."""
     with torch.no_grad():  # the target is a constant
         online_q = q_network(batch.next_obs) if args.double_q else None
         next_q = target_network(batch.next_obs)
@@ -438,13 +433,16 @@ def value_errors(
     q_values = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
     distance = F.huber_loss if args.loss == "huber" else F.mse_loss
     losses = distance(q_values, target, reduction="none")
-    return Errors(losses, (target - q_values.detach()).abs(), q_values.detach())
+    return losses, (target - q_values.detach()).abs(), q_values.detach()
 
 
-def distribution_errors(
+def distribution_losses(
     q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args
-) -> Errors:
-    """C51: KL(m || p(s, a)), whose gradient is that of the cross-entropy, as m is constant."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As C51: losses KL(m || p(s, a)), which also are the errors, and Q(s, a): (B,).
+
+    As m is constant, the gradient is that of C51's cross-entropy. But it is 0 if m is predicted.
+    """
     atoms = q_network.atoms
     with torch.no_grad():  # the target is a constant
         next_logits = target_network.logits(batch.next_obs)
@@ -455,15 +453,15 @@ def distribution_errors(
         target = project(next_probs, atoms, batch.rewards, batch.terminated, gamma)
     logits = of_actions(q_network.logits(batch.obs), batch.actions)
     losses = F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
-    return Errors(losses, losses.detach().abs(), expected_return(logits.detach(), atoms))
+    return losses, losses.detach().abs(), expected_return(logits.detach(), atoms)
 
 
 def compute_gradient(
     q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient of the weighted loss on the B transitions of a batch -> metrics, errors (B,)."""
-    errors_of = distribution_errors if args.distributional else value_errors
-    losses, errors, q_values = errors_of(q_network, target_network, batch, args)
+    losses_of = distribution_losses if args.distributional else value_losses
+    losses, errors, q_values = losses_of(q_network, target_network, batch, args)
     loss = (batch.weights * losses).mean()
     loss.backward()
     if args.max_grad_norm > 0:
@@ -537,7 +535,7 @@ class SumTree:
     def find(self, sums: np.ndarray) -> np.ndarray:
         """The first priorities up to which all add up to more than this: (B,) -> indices (B,).
 
-        A part that is 0 is never entered, whatever the rounding of a sum.
+        Never one that is 0, not even if rounding made a number as large as the sum of all.
         """
         sums, nodes = sums.copy(), np.ones(len(sums), int)
         while nodes[0] < self.first:
@@ -552,8 +550,8 @@ class SumTree:
         total = self.nodes[1]
         if total == 0:
             raise UsageError("every step was truncated: there is nothing to learn from")
-        places = np.arange(batch_size) + torch.rand(batch_size, dtype=torch.float64).numpy()
-        indices = self.find(places / batch_size * total)
+        points = np.arange(batch_size) + torch.rand(batch_size, dtype=torch.float64).numpy()
+        indices = self.find(points / batch_size * total)
         return indices, self.nodes[self.first + indices] / total
 
 
@@ -615,19 +613,18 @@ class ReplayBuffer:
         values = actions, np.sign(rewards), terminated, truncated, np.minimum(ages, STACK - 1)
         for name, column in zip(self.COLUMNS, values):
             getattr(self, name)[row] = torch.from_numpy(column)
-        if self.tree is not None:
-            self.admit()
+        if self.tree is not None:  # the third oldest row lacks frames now; that of n ago is ready
+            ready = self.rows_written - self.args.n_step
+            self.set_row(self.rows_written + STACK - 1, np.zeros(self.num_envs))
+            if ready >= STACK - 1:
+                whole = ~self.truncated[ready % self.num_rows].numpy()
+                self.set_row(ready, np.where(whole, self.largest_priority, 0))
         self.rows_written += 1
 
-    def admit(self) -> None:
-        """Priorities for the row of n steps ago, and 0 for the one that now lacks frames."""
-        ready = self.rows_written - self.args.n_step
-        rows = np.array([ready, self.rows_written + STACK - 1]) % self.num_rows
-        priorities = np.zeros((2, self.num_envs))
-        if ready >= STACK - 1:  # the first three rows are never drawn
-            priorities[0] = self.largest_priority * ~self.truncated[rows[0]].numpy()
-        places = rows[:, None] * self.num_envs + np.arange(self.num_envs)
-        self.tree.set(places.flatten(), priorities.flatten())
+    def set_row(self, row: int, priorities: np.ndarray) -> None:
+        """Priorities (N,) for all games of a row."""
+        first = row % self.num_rows * self.num_envs
+        self.tree.set(first + np.arange(self.num_envs), priorities)
 
     def set_priorities(self, places: Tensor, errors: Tensor) -> None:
         """(error + 1e-6)^alpha, for the transitions at these places: (B,), (B,)."""
@@ -692,7 +689,7 @@ class ReplayBuffer:
         state = {"rows_written": self.rows_written} | {n: getattr(self, n) for n in self.COLUMNS}
         if self.tree is not None:
             priorities = self.tree.nodes[self.tree.first :][: self.tree.size]
-            state["priorities"] = torch.tensor(priorities)  # all else in the tree follows from them
+            state["priorities"] = torch.from_numpy(priorities)  # the sums follow from them
             state["largest_priority"] = self.largest_priority
         return state
 
@@ -704,6 +701,8 @@ class ReplayBuffer:
         if self.tree is not None:
             self.tree.set(np.arange(self.tree.size), state["priorities"].numpy())
             self.largest_priority = state["largest_priority"]
+            for row in range(self.args.n_step):  # is larger now than it was, perhaps
+                self.set_row(self.rows_written - 1 - row, np.zeros(self.num_envs))
         path = self.folder / f"replay.journal-{self.rows_written}"
         rows = np.fromfile(path, np.uint8)
         rows = rows[: rows.size // self.file[0].size * self.file[0].size]  # without half a row
@@ -745,7 +744,8 @@ def train(args: Args) -> "Result":
             # Act.
             duration = args.exploration_fraction * args.total_timesteps
             epsilon = linear_epsilon(envs.steps, args.start_e, args.end_e, duration)
-            epsilon = 0.0 if args.noisy else epsilon
+            if args.noisy:  # before it has learned, noise may leave out some actions
+                epsilon = float(envs.steps < args.learning_starts)
             draw_noise(q_network)
             obs, ages = envs.obs, envs.lengths.copy()
             actions = act(q_network, obs, epsilon)
@@ -759,7 +759,7 @@ def train(args: Args) -> "Result":
                     sample = newest_frames(buffer.observations(buffer.draw(SAMPLE)))
                     q_network.obs_statistics.update(sample.to(device))
                 if step % args.train_frequency == 0:
-                    remaining = 1 - step / args.total_timesteps
+                    remaining = max(1 - step / args.total_timesteps, 0)
                     beta = 1 - (1 - args.prioritized_replay_beta) * remaining
                     batch, places = buffer.sample(args.batch_size, beta)
                     batch = Batch(*(part.to(device) for part in batch))
