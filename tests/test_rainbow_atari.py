@@ -69,12 +69,16 @@ SPEED = {
             "equal": "one game, float32",
         },
     },
-    "flags": "--learning-starts 1000 --buffer-size 20000",
+    "flags": "--learning-starts 1000 --buffer-size 20000 --max-grad-norm 0",
     "variants": {
         "eight games, bfloat16": "--precision bfloat16",
         "eight games, float32": "--precision float32",
         "one game, bfloat16": "--precision bfloat16 --num-envs 1",
         "one game, float32": "--precision float32 --num-envs 1",
+    },
+    "floors": {
+        "floor, bfloat16": "1200 1600 --precision bfloat16",
+        "floor, float32": "1200 1600 --precision float32",
     },
 }
 OFF = dict(
