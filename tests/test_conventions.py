@@ -31,6 +31,8 @@ TAGS = {
     "losses/policy_loss",
     "losses/value_loss",
     "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches
+    "losses/kl",  # of the old policy from the new one, in nats, exact, after the step
+    "losses/step_fraction",  # of the step of a trust region, that the line search took; 0: none
     "losses/clipfrac",  # share of the steps where the ratio is clipped
     "losses/explained_variance",  # of the returns, by the values before the update
     "losses/entropy",  # of the policy, in nats, mean over the steps

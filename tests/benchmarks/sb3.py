@@ -2,7 +2,8 @@
 
     python sb3.py LIBRARY ALGORITHM SEED STEPS FIRST PEER
 
-LIBRARY is stable_baselines3, sb3_contrib or sbx. PEER is the JSON of a peer in SPEED (speed.py). Prints the steps per second after step FIRST.
+LIBRARY is stable_baselines3, sb3_contrib or sbx. PEER is the JSON of a peer in SPEED (speed.py).
+Prints the steps per second after step FIRST.
 """
 
 import importlib
@@ -32,7 +33,7 @@ class Clock(BaseCallback):
 library, algorithm = importlib.import_module(sys.argv[1]), sys.argv[2]
 seed, steps, first = map(int, sys.argv[3:6])
 peer = json.loads(sys.argv[6])
-env_id, num_envs, policy = peer["env_id"], peer["num_envs"], "MlpPolicy"
+env_id, num_envs, policy = peer["env_id"], peer["num_envs"], peer.get("policy", "MlpPolicy")
 if "NoFrameskip" in env_id:
     import ale_py.registration
 
