@@ -29,7 +29,7 @@ Idea     DQN learns Q(s, a), the expected discounted return of action a in state
              w    = (R N P)^-beta / max w    makes up for P, in the end entirely: beta rises to 1
 
          y is projected on the atoms, as in C51. With all six off, this is dqn_atari.py, to the
-         last bit.
+         last bit. --loss is for Q without a distribution, the flags of epsilon for no noise.
 Differs  N games are played side by side, with one gradient step for every 4 of their steps, and the
          same noise for all. Until learning starts, actions are random; the paper relies on the
          noise. Hidden layers are initialised, and lost lives and rewards treated, as in
