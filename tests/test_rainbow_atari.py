@@ -25,7 +25,7 @@ from torch.distributions import Categorical, kl_divergence
 
 # The description for the common tests: README.md explains it.
 TINY = (
-    "--total-timesteps 800 --num-envs 2 --buffer-size 300 --learning-starts 100 --batch-size 4 "
+    "--total-timesteps 900 --num-envs 2 --buffer-size 600 --learning-starts 500 --batch-size 4 "
     "--train-frequency 20 --target-network-frequency 100 --network small --norm-obs "
     "--checkpoint-frequency 150 --eval-frequency 450 --eval-episodes 1 --eval-epsilon 0.5 "
     "--num-threads 1"
