@@ -28,12 +28,12 @@ Idea     DQN learns Q(s, a), the mean of the return; QR-DQN, the quantiles of th
          by unit by phi(tau), a layer over cos(pi * i * tau), i = 0 to 63. The rest is DQN: replay
          buffer, target network, epsilon-greedy actions. With --double-q, the Q-network chooses a*.
 Differs  M = T = 8, not 64 as in Dopamine: each tau costs a pass through the layer of 512 units, and
-         the paper finds most of the gain with 8 (section 4). Q_target is copied every 250 gradient
-         steps, not every 10,000; epsilon decays from the first step on. N games are played side by
-         side, with one gradient step for every 4 of their steps. The learner sees the sign of a
-         reward, and a lost life as an end; what is logged are the true scores of whole games. A
-         step that a time limit truncated is not learned from. With --norm-obs, pixels are
-         normalised by running statistics of the buffer.
+         the paper finds most of the gain with 8 (section 4). The learning rate is 1e-4, not 5e-5.
+         Q_target is copied every 250 gradient steps, not every 10,000; epsilon decays from the
+         first step on. N games are played side by side, with one gradient step for every 4 of their
+         steps. The learner sees the sign of a reward, and a lost life as an end; what is logged are
+         the true scores of whole games. A step that a time limit truncated is not learned from.
+         With --norm-obs, pixels are normalised by running statistics of the buffer.
 Shapes   N games; B transitions of a batch; K actions; R rows of the buffer; M, T and A random tau
          of theta, of its targets and of Q (the paper's N, N' and K). A step is four frames.
 Run      python iqn_atari.py
