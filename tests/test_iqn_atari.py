@@ -442,8 +442,9 @@ def test_no_tau_is_used_twice(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     """But for two, of the emulator and the evaluation."""
+
     def few(**changes):
-        return train(tmp_path, **{"total_timesteps": 160} | changes)
+        return train(tmp_path, **{"total_timesteps": 160, "exploration_fraction": 0.5} | changes)
 
     check_settings(script, few, dict(
         seed=2, total_timesteps=164, num_envs=3, learning_rate=1e-3, adam_epsilon=1e-8,
