@@ -393,6 +393,9 @@ def test_what_the_network_sees_reaches_its_last_layer():
         [hidden.std(axis).mean() for hidden in seen] for axis in (0, 1)
     )
     assert of_frames > 10 * default and of_tau > 10 * default_tau
+    # A unit of phi has the variance (1 + 63 / 2) * 2 / 64 before its ReLU, which takes half of it.
+    phi = make_network().embedding(script.cosine_embedding(torch.rand(1000), 64))
+    assert phi.square().mean().item() == pytest.approx(32.5 / 64, rel=0.1)
 
 
 def test_bfloat16_is_float32_within_its_rounding():
