@@ -38,7 +38,7 @@ Run      python a2c_cartpole.py
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
          seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
          had other work, too:
-             CartPole-v1     500.0 (500.0 to 500.0)    300k steps   110 s
+             CartPole-v1     500.0 (500.0 to 500.0)    300k steps    15 s
              Acrobot-v1      -82.8 (-86.4 to -78.3)    300k steps    43 s
 """
 

@@ -33,9 +33,10 @@ Shapes   T steps of N environments in a rollout, B of them in a minibatch; O num
 Run      python pqn_cartpole.py
          python pqn_cartpole.py --env-id Acrobot-v1 --total-timesteps 200000
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
-         had much other work, too:
-             CartPole-v1     494.4 (443.7 to 500.0)    100k steps    64 s
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC, for
+         Acrobot beside much other work:
+             CartPole-v1     494.4 (443.7 to 500.0)    100k steps    11 s
+             Acrobot-v1      -85.5 (-90.1 to -80.6)    200k steps   153 s
 """
 
 import contextlib

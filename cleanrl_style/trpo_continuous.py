@@ -40,11 +40,12 @@ Run      python trpo_continuous.py
          python trpo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000 --num-envs 2 \
              --gamma 0.99 --cg-iterations 25 --num-minibatches 8 --update-epochs 20 --compile
              (needs gymnasium[mujoco])
-Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 3 (worst to best
-         seed), and median wall time on one core of an AMD EPYC that had much other work, too.
-         Walker2d has the flags of Hopper:
-             Hopper-v5       2582.0 (1765.5 to 3695.7)    1M steps    458 s
-             Walker2d-v5     4436.8 (3858.4 to 4765.1)    1M steps    384 s
+Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 10, for MuJoCo
+         1 to 3 (worst to best seed), and median wall time on one core of an AMD EPYC, for MuJoCo
+         beside much other work. Walker2d has the flags of Hopper:
+             Pendulum-v1     -189.6 (-268.3 to -162.5)    200k steps    31 s
+             Hopper-v5       2582.0 (1765.5 to 3695.7)    1M steps     458 s
+             Walker2d-v5     4436.8 (3858.4 to 4765.1)    1M steps     384 s
 """
 
 import contextlib
