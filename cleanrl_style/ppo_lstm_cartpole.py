@@ -492,9 +492,7 @@ def train(args: Args) -> "Result":
         return run.finish()
 
 
-def play(
-    args: Args, agent: Agent, obs: np.ndarray, first: np.ndarray | None = None
-) -> np.ndarray:
+def play(args: Args, agent: Agent, obs: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
     """How the trained policy is evaluated: observations (N, O) -> actions (N,).
 
     The agent remembers the calls before, but none where `first` (N,): there, an episode begins.
