@@ -27,8 +27,8 @@ Idea     DQN learns Q(s, a), the mean of the return; QR-DQN, the quantiles of th
          |u| - 1/2 beyond. In the network, psi(s), what DQN's convolutions see, is multiplied unit
          by unit by phi(tau), a layer over cos(pi * i * tau), i = 0 to 63. The rest is DQN: replay
          buffer, target network, epsilon-greedy actions. With --double-q, the Q-network chooses a*.
-Differs  M = T = 8, not 64 as in Dopamine: each tau costs a pass through the layer of 512 units, and
-         the paper finds most of the gain with 8 (section 4). The learning rate is 1e-4, not 5e-5.
+Differs  M = T = 8, not 64 as in Dopamine: each tau costs a pass through the layer of 512 units.
+         The learning rate is 1e-4.
          Q_target is copied every 250 gradient steps, not every 10,000; epsilon decays from the
          first step on. N games are played side by side, with one gradient step for every 4 of their
          steps. The learner sees the sign of a reward, and a lost life as an end; what is logged are
