@@ -612,8 +612,8 @@ class PaysContinuously(Pays):
         return obs if self.truncates else np.float32([1 - self.t]), *outcome
 
 
-gym.register("TruncatesContinuous-v0", entry_point=PaysContinuously, kwargs={"truncates": True})
-gym.register("TerminatesContinuous-v0", entry_point=PaysContinuously, kwargs={"truncates": False})
+gym.register("TruncatesCounting-v0", entry_point=PaysContinuously, kwargs={"truncates": True})
+gym.register("TerminatesCounting-v0", entry_point=PaysContinuously, kwargs={"truncates": False})
 
 FEW = dict(
     env_id="ContinuousDiary-v0", total_timesteps=1200, num_envs=3, learning_starts=50,
@@ -753,8 +753,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("env_id, values", [
-    ("TruncatesContinuous-v0", {1: 1 / (1 - 0.8)}),
-    ("TerminatesContinuous-v0", {1: 1 + 0.8 + 0.8**2, 0: 1 + 0.8, -1: 1}),
+    ("TruncatesCounting-v0", {1: 1 / (1 - 0.8)}),
+    ("TerminatesCounting-v0", {1: 1 + 0.8 + 0.8**2, 0: 1 + 0.8, -1: 1}),
 ])  # fmt: skip
 def test_a_time_limit_is_not_the_end_of_the_world(tmp_path, env_id, values):
     """Truncated for ever, a reward of 1 is worth 1 / (1 - gamma). Else it counts to the end.
