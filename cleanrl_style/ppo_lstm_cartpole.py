@@ -29,7 +29,6 @@ Idea     One observation may not tell the state: here, CartPole's two velocities
              ratio   = pi(a|s) / pi_old(a|s)
              loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
                        + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
-
 Differs  h and c are 0 where an episode begins, after an end of either kind. A rollout begins with
          those that the last one ended with, and its gradient goes back no further. Minibatches are
          of whole environments. At a time limit, V(s_{t+1}) bootstraps, from the memory that led

@@ -43,12 +43,11 @@ Run      python ppo_masked_taxi.py
              --gamma 0.99 --gae-lambda 0.95 --num-steps 128
          A policy without the mask it was trained with: --evaluate runs/... --no-mask-actions
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and median wall time on one core of an AMD EPYC that had much other work, too; 7.9
-         is the best possible:
+         seed), and median wall time on one core of an AMD EPYC that had much other work, too. The
+         best policy has 7.9, on average over all starts:
              Taxi-v4             7.3 (3.6 to 8.4)     80k steps   144 s
              Without masks, with the best of a few settings tried, seeds 1 to 5:
                                  6.9 (3.5 to 8.0)    320k steps   228 s
-         The worst seeds of both have two taxis of 100 that drive to and fro for ever.
 """
 
 import contextlib

@@ -27,7 +27,6 @@ Idea     Play T steps in N environments with the policy pi(a|s), the probability
 
          F is too large to be written down: conjugate gradients find x by products F v alone.
          Then a line search shortens the step until D itself is within the limit, and L rises.
-
 Differs  At a time limit, V(s_{t+1}) stands for the rewards that would have followed (it
          bootstraps); at a true end, it counts as 0. F is damped, as in the authors' code.
          Advantages are centred; their scale makes no difference to the step. The critic V is
