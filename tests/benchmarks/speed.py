@@ -8,6 +8,7 @@ for the settings below. --sb3-python is a Python that has Stable-Baselines3 and 
 one that has SBX, its form in JAX.
 
 Machines are noisy: nothing else may run meanwhile, and only medians and ratios mean something.
+Flat scripts of ours use one core by default, others take all that there are: --cores 1 is fair.
 Every figure is of a whole training, with its gradient steps and its logs, without start-up,
 evaluation, and the steps before learning starts. Memory is the peak of the whole process. The
 floor is what is left if only matrix products at their best and the emulator take time (floor.py).
@@ -154,15 +155,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("script", nargs="+", help="file names without .py")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, help="for each program; if not given, all")
     parser.add_argument("--cleanrl", help="a clone of CleanRL")
     parser.add_argument("--cleanrl-python", default=sys.executable)
     parser.add_argument("--sb3-python", help="a Python that has Stable-Baselines3 and sb3-contrib")
     parser.add_argument("--sbx-python", help="a Python that has SBX")
     options = parser.parse_args()
+    if options.cores:  # the programs inherit it; by default PyTorch and JAX take all
+        os.sched_setaffinity(0, range(options.cores))
+        os.environ["OMP_NUM_THREADS"] = str(options.cores)
     head = {
         "rounds": f"{options.rounds}, in turn, one after another",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "gymnasium", "ale-py")),
     }
     if options.cleanrl:
