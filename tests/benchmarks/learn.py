@@ -8,14 +8,13 @@ SCRIPT is a file's name without .py. Flags that this file does not know go to th
 seeds are kept in runs/, so a call that was stopped goes on where it was: give the same command
 again. --next runs the first line of queue.txt, beside this file, whose record does not exist yet.
 
-    python tests/benchmarks/learn.py SCRIPT --seeds 1-20 --jobs 8 --ray
-    python tests/benchmarks/learn.py SCRIPT --seeds 1-20 --jobs 64 --ray-address auto
+    python tests/benchmarks/learn.py SCRIPT --jobs 8 --ray
+    python tests/benchmarks/learn.py SCRIPT --jobs 64 --ray-address auto
 
---ray hands the seeds to workers of Ray, here; --ray-address to those of a cluster that exists.
-A seed whose worker or training is killed goes on from its last checkpoint. Rows are the same as
-without Ray. Each node needs this repository, at the same path, and the same packages. Where a node
-does not see the caller's runs/, it trains in its folder for temporary files, and sends back what
-the record is made of, but no checkpoints; if it is lost, the seed begins anew on another one.
+--ray trains on workers of Ray, here, and --ray-address on those of a cluster that exists; rows are
+the same. A seed that is killed goes on from its last checkpoint. Each node needs this repository at
+the same path, and the same packages. One that does not see the caller's runs/ trains in its folder
+for temporary files, and sends back what the record needs; if it is lost, its seeds begin anew.
 
 The record is results/<script>__<env-id>.csv. Other settings for the same environment need another
 --name; --variant says in a few words what they are. Comment lines at the record's head say what
@@ -34,6 +33,7 @@ import ast
 import contextlib
 import csv
 import functools
+import io
 import os
 import platform
 import re
@@ -43,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -97,15 +98,13 @@ def seeds(text: str) -> list[int]:
     return list(range(int(first), int(last or first) + 1))
 
 
-def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, float, str]:
-    """Trains one seed, or goes on with it: its folder, the wall time with start-up, in s, and the
-    machine. Raises ValueError where the script refuses its flags.
-    """
+def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, float]:
+    """Trains one seed, or goes on with it: its folder, and the wall time with start-up, in s."""
     runs_dir = runs / str(seed)
     done = runs_dir / "wall_time"
     if done.exists():
-        run_dir, wall, *where = done.read_text().split("\n")  # old runs do not say where
-        return Path(run_dir), float(wall), *(where or [machine()])
+        run_dir, wall = done.read_text().split("\n")
+        return Path(run_dir), float(wall)
     begun = sorted(runs_dir.glob("*/checkpoint.pt"))
     if begun:
         with FileLock(begun[-1].with_name("lock")):  # it may still be training: wait for its end
@@ -119,7 +118,7 @@ def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, flo
     start = time.perf_counter()
     process = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - start
-    if process.returncode == 2:
+    if process.returncode == 2:  # the script refuses its flags, and says why
         raise ValueError(process.stderr.strip())
     if process.returncode < 0:
         raise ChildProcessError(f"seed {seed} was killed by signal {-process.returncode}")
@@ -127,63 +126,60 @@ def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, flo
     run_dir = process.stdout.splitlines()[-1]
     if begun:  # this was only the last part: take the time of training, without start-up
         wall = clock(run_dir)[-1][1]
-    done.write_text(f"{run_dir}\n{wall}\n{machine()}")
+    done.write_text(f"{run_dir}\n{wall}")
     print(f"seed {seed}: {wall:.1f} s, {process.stdout.splitlines()[-2]}", flush=True)
-    return Path(run_dir), wall, machine()
+    return Path(run_dir), wall
 
 
 def run_there(
-    seed: int, script: str, flags: list[str], runs: Path, here: Path, mark: Path, threads: dict
-) -> tuple[tuple[Path, float, str], dict[Path, bytes]]:
-    """`run` on a node of Ray: what it returns, and the files that the caller lacks.
+    script: str, flags: list[str], seed: int, runs: Path, here: Path, mark: Path, threads: dict
+) -> tuple[str, dict[Path, bytes]]:
+    """`run` on a node of Ray: what it prints, and files for the caller's runs/.
 
-    These are few, and only sent where the mark in the caller's folder, here, cannot be seen.
+    They are all that the record needs, if the mark in the caller's folder, here, is not seen.
     """
-    os.environ.pop("OMP_NUM_THREADS", None)  # Ray's; a number of threads changes the last bits
+    os.environ.pop("OMP_NUM_THREADS", None)  # Ray's; the number of threads changes the last bits
     os.environ.update(threads)  # the caller's
     shared = (here / mark).exists()
     folder = here if shared else Path(tempfile.gettempdir(), mark.name)
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
-    with contextlib.redirect_stdout(None):  # the caller tells
-        result = run(script, flags, seed, runs)
-    if shared:
-        return result, {}
-    files = *result[0].glob("events.*"), result[0] / "result.json", runs / str(seed) / "wall_time"
-    contents = {file: file.read_bytes() for file in files}
-    shutil.rmtree(runs / str(seed))
-    return result, contents
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_dir = run(script, flags, seed, runs)[0]
+    files = [] if shared else [*run_dir.glob("events.*"), run_dir / "result.json"]
+    contents = {file: file.read_bytes() for file in [*files, runs / str(seed) / "wall_time"]}
+    if not shared:
+        shutil.rmtree(runs / str(seed))
+    return printed.getvalue(), contents
 
 
-def run_on_ray(ours: argparse.Namespace, flags: list[str], runs: Path) -> list[tuple]:
-    """`run` for all seeds, on workers of Ray. Finished ones are read here."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ValueError("learn.py: --ray needs Ray: pip install -r tests/requirements.txt") from error
-    local = {"address": "local", "num_cpus": ours.jobs, "include_dashboard": False}
-    cluster = {"address": ours.ray_address} if ours.ray_address else local
+@contextlib.contextmanager
+def workers(ours: argparse.Namespace, runs: Path) -> Iterator[Callable]:
+    """A function like `run` whose trainings are on workers of Ray."""
+    if not found("ray"):
+        raise ValueError("learn.py: --ray needs Ray: pip install -r tests/requirements.txt")
+    import ray
+
+    cluster = {"address": ours.ray_address or "local", "include_dashboard": False}
+    if not ours.ray_address:
+        cluster["num_cpus"] = ours.jobs
     needs = {"num_cpus": 1, "num_gpus": ours.ray_gpus, "max_retries": 20}  # of one seed
     task = ray.remote(**needs, retry_exceptions=[ChildProcessError])(run_there)
     threads = {name: value for name, value in os.environ.items() if name.endswith("_NUM_THREADS")}
-    ended = [seed for seed in ours.seeds if (runs / str(seed) / "wall_time").exists()]
-    results = {seed: run(ours.script, flags, seed, runs) for seed in ended}
-    waiting, running = [seed for seed in ours.seeds if seed not in ended], {}
     runs.mkdir(parents=True, exist_ok=True)
     with ray.init(**cluster, logging_level="ERROR"), tempfile.TemporaryDirectory(dir=runs) as mark:
-        caller = runs, Path.cwd(), Path(mark), threads
-        while waiting or running:
-            while waiting and len(running) < ours.jobs:
-                seed = waiting.pop(0)
-                running[task.remote(seed, ours.script, flags, *caller)] = seed
-            for ready in ray.wait(list(running))[0]:
-                seed = running.pop(ready)
-                results[seed], contents = ray.get(ready)
-                print(f"seed {seed}: {results[seed][1]:.1f} s", flush=True)
+
+        def run_on_ray(*what: object) -> tuple[Path, float]:
+            if not (runs / str(what[2]) / "wall_time").exists():
+                call = task.remote(*what, Path.cwd(), Path(mark), threads)
+                printed, contents = ray.get(call)
+                print(printed, end="", flush=True)
                 for file, content in contents.items():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(content)
-    return [results[seed] for seed in ours.seeds]
+            return run(*what)  # which has ended: it is read
+
+        yield run_on_ray
 
 
 def clock(run_dir: str | Path) -> list[tuple[int, float]]:
@@ -229,10 +225,6 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     return f"{found[1] if found else platform.machine()}, {platform.system()}"
-
-
-def machine() -> str:
-    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def found(package: str) -> bool:
@@ -281,19 +273,20 @@ def main(arguments: list[str]) -> None:
     if len({row["seed"] for row in rows}) > len(ours.seeds):
         sys.exit(f"{record} has more seeds: remove it first, or give another --name")
     runs = Path("runs") / "learn" / record.stem
+    on_ray = ours.ray or ours.ray_address
+    place = workers(ours, runs) if on_ray else contextlib.nullcontext(run)
     try:
-        if ours.ray or ours.ray_address:
-            results = run_on_ray(ours, flags, runs)
-        else:
-            with ThreadPoolExecutor(ours.jobs) as pool:
-                one = functools.partial(run, ours.script, flags, runs=runs)
-                results = list(pool.map(one, ours.seeds))
+        with ThreadPoolExecutor(ours.jobs) as pool, place as train:
+            results = list(pool.map(lambda seed: train(ours.script, flags, seed, runs), ours.seeds))
     except (ValueError, ConnectionError) as error:
         print(getattr(error, "cause", error), file=sys.stderr)  # a cause came by Ray
         sys.exit(2)
-    walls = [wall for _, wall, _ in results]
+    walls = [wall for _, wall in results]
     packages = [f"{package} {version(package)}" for package in PACKAGES if found(package)]
     at_a_time = f"{ours.jobs} run{'s' if ours.jobs > 1 else ''} at a time"
+    machine = f"{processor()}, {os.cpu_count()} cores, {at_a_time}"
+    if ours.ray_address:
+        machine = f"a cluster of Ray, up to {at_a_time}"
     head = {
         "command": shlex.join(
             ["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed", "SEED"]
@@ -302,7 +295,7 @@ def main(arguments: list[str]) -> None:
         "note": old.get("note"),
         "seeds": f"{ours.seeds[0]}-{ours.seeds[-1]}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": ", ".join([*sorted({where for *_, where in results}), at_a_time]),
+        "machine": machine,
         "versions": f"Python {platform.python_version()}, " + ", ".join(packages),
         "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, "
         "from start-up to evaluation",
@@ -310,7 +303,7 @@ def main(arguments: list[str]) -> None:
     if ours.solved is not None:
         head["solved"] = f"the mean of 20 training episodes is {ours.solved:g} or more"
     rows = [["seed", "step", "return", "kind"]]
-    for seed, (run_dir, _, _) in zip(ours.seeds, results):
+    for seed, (run_dir, _) in zip(ours.seeds, results):
         events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         points, (step, value) = curve(events)
         rows += [[seed, s, f"{v:.6g}", "train"] for s, v in points]
