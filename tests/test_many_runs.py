@@ -79,8 +79,9 @@ def call(folder: Path, arguments: str, environment: dict) -> Iterator[subprocess
 
 def record(folder: Path, name: str) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Without what time and place make different."""
+    other = ("machine", "wall time", "date")
     head, rows = learn.read_csv(folder / f"tests/benchmarks/results/{first()}__{name}.csv")
-    return {key: value for key, value in head.items() if key not in ("machine", "wall time")}, rows
+    return {key: value for key, value in head.items() if key not in other}, rows
 
 
 def wait_until(true: Callable, seconds: float = 300) -> None:

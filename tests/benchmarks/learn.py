@@ -43,7 +43,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -153,9 +152,8 @@ def run_there(
     return printed.getvalue(), contents
 
 
-@contextlib.contextmanager
-def workers(ours: argparse.Namespace, runs: Path) -> Iterator[Callable]:
-    """A function like `run` whose trainings are on workers of Ray."""
+def run_on_ray(ours: argparse.Namespace, flags: list[str], runs: Path) -> list[tuple[Path, float]]:
+    """`run` for all seeds, on workers of Ray."""
     if not found("ray"):
         raise ValueError("learn.py: --ray needs Ray: pip install -r tests/requirements.txt")
     import ray
@@ -166,20 +164,21 @@ def workers(ours: argparse.Namespace, runs: Path) -> Iterator[Callable]:
     needs = {"num_cpus": 1, "num_gpus": ours.ray_gpus, "max_retries": 20}  # of one seed
     task = ray.remote(**needs, retry_exceptions=[ChildProcessError])(run_there)
     threads = {name: value for name, value in os.environ.items() if name.endswith("_NUM_THREADS")}
+    waiting = [seed for seed in ours.seeds if not (runs / str(seed) / "wall_time").exists()]
+    running = []
     runs.mkdir(parents=True, exist_ok=True)
     with ray.init(**cluster, logging_level="ERROR"), tempfile.TemporaryDirectory(dir=runs) as mark:
-
-        def run_on_ray(*what: object) -> tuple[Path, float]:
-            if not (runs / str(what[2]) / "wall_time").exists():
-                call = task.remote(*what, Path.cwd(), Path(mark), threads)
-                printed, contents = ray.get(call)
-                print(printed, end="", flush=True)
-                for file, content in contents.items():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(content)
-            return run(*what)  # which has ended: it is read
-
-        yield run_on_ray
+        here = Path.cwd(), Path(mark), threads
+        while waiting or running:
+            while waiting and len(running) < ours.jobs:
+                running.append(task.remote(ours.script, flags, waiting.pop(0), runs, *here))
+            ready, running = ray.wait(running)
+            printed, contents = ray.get(ready[0])
+            print(printed, end="", flush=True)
+            for file, content in contents.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+    return [run(ours.script, flags, seed, runs) for seed in ours.seeds]  # ended: they are read
 
 
 def clock(run_dir: str | Path) -> list[tuple[int, float]]:
@@ -273,11 +272,13 @@ def main(arguments: list[str]) -> None:
     if len({row["seed"] for row in rows}) > len(ours.seeds):
         sys.exit(f"{record} has more seeds: remove it first, or give another --name")
     runs = Path("runs") / "learn" / record.stem
-    on_ray = ours.ray or ours.ray_address
-    place = workers(ours, runs) if on_ray else contextlib.nullcontext(run)
     try:
-        with ThreadPoolExecutor(ours.jobs) as pool, place as train:
-            results = list(pool.map(lambda seed: train(ours.script, flags, seed, runs), ours.seeds))
+        if ours.ray or ours.ray_address:
+            results = run_on_ray(ours, flags, runs)
+        else:
+            with ThreadPoolExecutor(ours.jobs) as pool:
+                one = functools.partial(run, ours.script, flags, runs=runs)
+                results = list(pool.map(one, ours.seeds))
     except (ValueError, ConnectionError) as error:
         print(getattr(error, "cause", error), file=sys.stderr)  # a cause came by Ray
         sys.exit(2)
