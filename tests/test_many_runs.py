@@ -70,6 +70,8 @@ def plain(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 def call(folder: Path, arguments: str, environment: dict) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "tests/benchmarks/learn.py", first(), *arguments.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # What a shell runs in the background, as it may run these tests, ignores Ctrl-C.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
         try:
             yield process
@@ -106,7 +108,7 @@ def processes(*words: str) -> dict[int, int]:
 @RAY
 @pytest.mark.slow
 def test_killed_workers_and_trainings_change_nothing(plain, cluster, environment):
-    """kill -9 of the worker that trains one seed, and of the training of the other, in between."""
+    """kill -9 of one seed's worker and of the other's training; then Ctrl-C; then once more."""
     runs = plain / f"runs/learn/{first()}__ray"
 
     def training(seed: int) -> dict[int, int]:
@@ -123,6 +125,10 @@ def test_killed_workers_and_trainings_change_nothing(plain, cluster, environment
                     os.kill(worker if seed == 1 else pid, signal.SIGKILL)
                     wait_until(lambda: pid not in training(seed), 5)  # it dies with its worker
                     alive.remove(seed)
+        process.send_signal(signal.SIGINT)  # the threads of a pool would wait for ever in Ray
+        assert process.wait(60) != 0
+    wait_until(lambda: not training(1) | training(2), 30)
+    with call(plain, f"{FLAGS} --name ray --ray-address {cluster}", environment) as process:
         assert process.wait(300) == 0, process.stderr.read()
     assert record(plain, "ray") == record(plain, "plain")
     for seed in (1, 2):
