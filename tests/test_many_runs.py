@@ -137,6 +137,18 @@ def test_killed_workers_and_trainings_change_nothing(plain, cluster, environment
     assert list(runs.glob("tmp*")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_training_ends_with_the_process_that_started_it(plain, environment):
+    """Ray ends what its workers started, but not where the whole node is killed."""
+    script = f"{plain}/cleanrl_style/{first()}.py"
+    with call(plain, f"{FLAGS} --total-timesteps 1000000 --name orphan", environment) as process:
+        wait_until(lambda: any(plain.glob("runs/learn/*__orphan/*/*/checkpoint.pt")))
+        assert processes(script, "__orphan")
+        process.kill()
+        wait_until(lambda: not processes(script, "__orphan"), 5)
+
+
 @RAY
 @pytest.mark.slow
 def test_wrong_flags_on_ray_are_told_at_once(plain, environment):
