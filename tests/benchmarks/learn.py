@@ -8,6 +8,14 @@ SCRIPT is a file's name without .py. Flags that this file does not know go to th
 seeds are kept in runs/, so a call that was stopped goes on where it was: give the same command
 again. --next runs the first line of queue.txt, beside this file, whose record does not exist yet.
 
+    python tests/benchmarks/learn.py SCRIPT --jobs 8 --ray
+    python tests/benchmarks/learn.py SCRIPT --jobs 64 --ray-address auto
+
+--ray trains on workers of Ray, here, and --ray-address on those of a cluster that exists; rows are
+the same. A seed that is killed goes on from its last checkpoint. Each node needs this repository at
+the same path, and the same packages. One that does not see the caller's runs/ trains in its folder
+for temporary files, and sends back what the record needs; if it is lost, its seeds begin anew.
+
 The record is results/<script>__<env-id>.csv. Other settings for the same environment need another
 --name; --variant says in a few words what they are. Comment lines at the record's head say what
 was run, where and on which versions. A line `# note: ...` may be added by hand: it is shown on the
@@ -22,26 +30,33 @@ the minutes until then.
 
 import argparse
 import ast
+import contextlib
 import csv
 import functools
+import io
 import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parent.parent / "cleanrl_style"
 QUEUE = HERE / "queue.txt"
 POINTS = 50  # of a curve
+# Ends a process with the one that started it, even with kill -9: 1 is PR_SET_PDEATHSIG.
+TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 PACKAGES = ("torch", "gymnasium", "numpy", "ale-py", "mujoco")  # whose versions are recorded
 
 
@@ -91,13 +106,21 @@ def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, flo
         return Path(run_dir), float(wall)
     begun = sorted(runs_dir.glob("*/checkpoint.pt"))
     if begun:
+        with FileLock(begun[-1].with_name("lock")):  # it may still be training: wait for its end
+            pass
         flags = ["--resume", str(begun[-1].parent)]
     else:
         flags = [*flags, "--seed", str(seed), "--runs-dir", str(runs_dir)]
     command = [sys.executable, SCRIPTS / f"{script}.py", *flags]
+    if sys.platform == "linux":
+        command = [sys.executable, "-c", TIED, *command]
     start = time.perf_counter()
     process = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - start
+    if process.returncode == 2:  # the script refuses its flags, and says why
+        raise ValueError(process.stderr.strip())
+    if process.returncode < 0:
+        raise ChildProcessError(f"seed {seed} was killed by signal {-process.returncode}")
     assert process.returncode == 0, process.stderr
     run_dir = process.stdout.splitlines()[-1]
     if begun:  # this was only the last part: take the time of training, without start-up
@@ -105,6 +128,57 @@ def run(script: str, flags: list[str], seed: int, runs: Path) -> tuple[Path, flo
     done.write_text(f"{run_dir}\n{wall}")
     print(f"seed {seed}: {wall:.1f} s, {process.stdout.splitlines()[-2]}", flush=True)
     return Path(run_dir), wall
+
+
+def run_there(
+    script: str, flags: list[str], seed: int, runs: Path, here: Path, mark: Path, threads: dict
+) -> tuple[str, dict[Path, bytes]]:
+    """`run` on a node of Ray: what it prints, and files for the caller's runs/.
+
+    They are all that the record needs, if the mark in the caller's folder, here, is not seen.
+    """
+    os.environ.pop("OMP_NUM_THREADS", None)  # Ray's; the number of threads changes the last bits
+    os.environ.update(threads)  # the caller's
+    shared = (here / mark).exists()
+    folder = here if shared else Path(tempfile.gettempdir(), mark.name)
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_dir = run(script, flags, seed, runs)[0]
+    files = [] if shared else [*run_dir.glob("events.*"), run_dir / "result.json"]
+    contents = {file: file.read_bytes() for file in [*files, runs / str(seed) / "wall_time"]}
+    if not shared:
+        shutil.rmtree(runs / str(seed))
+    return printed.getvalue(), contents
+
+
+def run_on_ray(ours: argparse.Namespace, flags: list[str], runs: Path) -> list[tuple[Path, float]]:
+    """`run` for all seeds, on workers of Ray."""
+    if not found("ray"):
+        raise ValueError("learn.py: --ray needs Ray: pip install -r tests/requirements.txt")
+    import ray
+
+    cluster = {"address": ours.ray_address or "local", "include_dashboard": False}
+    if not ours.ray_address:
+        cluster["num_cpus"] = ours.jobs
+    needs = {"num_cpus": 1, "num_gpus": ours.ray_gpus, "max_retries": 20}  # of one seed
+    task = ray.remote(**needs, retry_exceptions=[ChildProcessError])(run_there)
+    threads = {name: value for name, value in os.environ.items() if name.endswith("_NUM_THREADS")}
+    waiting = [seed for seed in ours.seeds if not (runs / str(seed) / "wall_time").exists()]
+    running = []
+    runs.mkdir(parents=True, exist_ok=True)
+    with ray.init(**cluster, logging_level="ERROR"), tempfile.TemporaryDirectory(dir=runs) as mark:
+        here = Path.cwd(), Path(mark), threads
+        while waiting or running:
+            while waiting and len(running) < ours.jobs:
+                running.append(task.remote(ours.script, flags, waiting.pop(0), runs, *here))
+            ready, running = ray.wait(running)
+            printed, contents = ray.get(ready[0])
+            print(printed, end="", flush=True)
+            for file, content in contents.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+    return [run(ours.script, flags, seed, runs) for seed in ours.seeds]  # ended: they are read
 
 
 def clock(run_dir: str | Path) -> list[tuple[int, float]]:
@@ -165,6 +239,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], Path]:
     parser.add_argument("script", help="its file name without .py")
     parser.add_argument("--seeds", type=seeds, default=seeds("1-20"), help="first-last")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--ray", action="store_true", help="on workers of Ray, on this machine")
+    parser.add_argument("--ray-address", help="or of a cluster that exists: auto, or host:port")
+    parser.add_argument("--ray-gpus", type=float, default=0, help="of a run; may be a fraction")
     parser.add_argument("--name", default="", help="of the record, if not the environment's id")
     parser.add_argument("--variant", help="what is different, in a few words")
     parser.add_argument("--solved", type=float, help="record when training returns reached this")
@@ -195,11 +272,22 @@ def main(arguments: list[str]) -> None:
     if len({row["seed"] for row in rows}) > len(ours.seeds):
         sys.exit(f"{record} has more seeds: remove it first, or give another --name")
     runs = Path("runs") / "learn" / record.stem
-    with ThreadPoolExecutor(ours.jobs) as pool:
-        results = list(pool.map(lambda seed: run(ours.script, flags, seed, runs), ours.seeds))
+    try:
+        if ours.ray or ours.ray_address:
+            results = run_on_ray(ours, flags, runs)
+        else:
+            with ThreadPoolExecutor(ours.jobs) as pool:
+                one = functools.partial(run, ours.script, flags, runs=runs)
+                results = list(pool.map(one, ours.seeds))
+    except (ValueError, ConnectionError) as error:
+        print(getattr(error, "cause", error), file=sys.stderr)  # a cause came by Ray
+        sys.exit(2)
     walls = [wall for _, wall in results]
     packages = [f"{package} {version(package)}" for package in PACKAGES if found(package)]
     at_a_time = f"{ours.jobs} run{'s' if ours.jobs > 1 else ''} at a time"
+    machine = f"{processor()}, {os.cpu_count()} cores, {at_a_time}"
+    if ours.ray_address:
+        machine = f"a cluster of Ray, up to {at_a_time}"
     head = {
         "command": shlex.join(
             ["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed", "SEED"]
@@ -208,7 +296,7 @@ def main(arguments: list[str]) -> None:
         "note": old.get("note"),
         "seeds": f"{ours.seeds[0]}-{ours.seeds[-1]}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {os.cpu_count()} cores, {at_a_time}",
+        "machine": machine,
         "versions": f"Python {platform.python_version()}, " + ", ".join(packages),
         "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, "
         "from start-up to evaluation",
