@@ -648,7 +648,7 @@ def train(args: Args) -> "Result":
 def play(args: Args, agent: Agent, obs: np.ndarray) -> np.ndarray:
     """How the trained policy is evaluated: observations (N, 4, 84, 84) -> actions (N,).
 
-    They are sampled, by random numbers of these games alone: a greedy policy can get stuck in a loop.
+    They are sampled, by noise for these games alone: a greedy policy can get stuck in a loop.
     """
     return act(agent, obs, draw_noise(len(obs), agent))[0]
 
