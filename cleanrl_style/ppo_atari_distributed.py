@@ -11,29 +11,35 @@ Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equa
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
          estimation", equation 16. Heess et al. (2017), "Emergence of locomotion behaviours in rich
          environments", has PPO on many workers that average their gradients.
-Idea     PPO as in ppo_atari.py, where the mathematics is explained, by W processes, the ranks.
-         Each plays N / W of the games and computes the gradient of its share of each minibatch.
-         The ranks add these up (an all-reduce). All begin with the same weights and make the same
-         steps, so their weights stay the same to the bit, and are never sent again.
+Idea     Play T steps in N environments with the policy pi(a|s). Estimate the advantage A of each
+         action: how much better it turned out than V(s), the predicted return from s on. Make
+         actions of positive advantage more likely and the others less, in several epochs, by a
+         loss that is clipped where pi has moved far from pi_old, the policy that played.
 
-             gradient = mean over the ranks of the gradient on the rank's share
+             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        TD error
+             A_t     = delta_t + gamma * lambda * A_{t+1}       advantage
+             ratio   = pi(a|s) / pi_old(a|s)
+             loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
+                       + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
 
+         W processes, the ranks, share the work. Each plays N / W of the games and computes the
+         gradient on its share of each minibatch; then all take the mean of these gradients, by an
+         all-reduce. They begin with the same weights and make the same steps, so their weights stay
+         the same, to the bit, and are sent only once.
          The flags say what all ranks do together: the same flags are the same training on 1, 2
-         or 4 ranks, to rounding. For this, all shares are equally large, advantages are normalised
-         over the shares of all, and every rank draws the random numbers of all games, and uses its
-         own. So one random state in the checkpoint is that of all ranks.
-Differs  A minibatch has equally many steps of each game; in ppo_atari.py they are drawn from all
-         steps together. What stands there about time limits, lost lives and --norm-obs is true
-         here, too. Gradients are clipped after they have been averaged.
+         or 4 ranks, to rounding. For this, shares are equally large, advantages are normalised over
+         the whole minibatch, and each rank draws the random numbers of all games and uses its own:
+         one random state in the checkpoint is that of all.
+Differs  As ppo_atari.py, but for the minibatches: in each are equally many steps of every game.
+         Gradients are clipped after they were averaged.
 Shapes   T steps (four frames each) of N games in a rollout, n = N / W of them on this rank; B steps
-         in this rank's share of a minibatch; K actions. Row t is the step from t to t+1.
+         in its share of a minibatch; K actions. Row t is the step from t to t+1.
 Run      python ppo_atari_distributed.py
          torchrun --nproc-per-node 2 --max-restarts 3 ppo_atari_distributed.py
-         The second line trains on two ranks. If one of them dies, torchrun starts all anew, and
-         they go on from the last checkpoint. Each of several machines runs
+         If a rank dies, torchrun starts all anew, and they go on from the last checkpoint. On two
+         machines, of which HOST is one, with a folder SHARED that both see, type on each:
          torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
              --max-restarts 3 ppo_atari_distributed.py --runs-dir SHARED
-         where HOST is one of them, and all see the folder SHARED.
 Expect   To be measured.
 """
 
