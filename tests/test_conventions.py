@@ -128,13 +128,14 @@ def args_of(source):
 def same_plumbing(sources):
     """Word for word the same, save that class Envs is another one for pixels than for vectors.
 
-    Among scripts with the same Envs, everything is equal; among all, what has the same name.
+    And for scripts that run on several ranks, which have a class Follower, too. Among scripts with
+    the same Envs, everything is equal; among all, what has the same name.
     """
     kinds, pieces = {}, {}
     for name, source in sources.items():
         plumbing = source[source.find(PLUMBING) :]
         parts = definitions(plumbing)
-        kind = "flat" if "make_flat_env" in parts else "pixels"
+        kind = ("make_flat_env" in parts, "Follower" in parts)
         other, expected = kinds.setdefault(kind, (name, plumbing))
         if plumbing != expected:
             lines = itertools.zip_longest(plumbing.splitlines(), expected.splitlines())

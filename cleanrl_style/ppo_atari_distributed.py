@@ -1,0 +1,1305 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.6.0", "gymnasium[atari]>=1.4.0", "ale-py>=0.12.1", "tyro>=1.0.16",
+#   "tensorboard>=2.20.0", "tqdm>=4.66.0",
+# ]
+# ///
+r"""Proximal policy optimisation (PPO) from pixels, on many processes and machines.
+
+Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9.
+         Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
+         estimation", equation 16. Heess et al. (2017), "Emergence of locomotion behaviours in rich
+         environments", has PPO on many workers that average their gradients.
+Idea     Play T steps in N environments with the policy pi(a|s). Estimate the advantage A of each
+         action: how much better it turned out than V(s), the predicted return from s on. Make
+         actions of positive advantage more likely and the others less, in several epochs, by a
+         loss that is clipped where pi has moved far from pi_old, the policy that played.
+
+             delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        TD error
+             A_t     = delta_t + gamma * lambda * A_{t+1}       advantage
+             ratio   = pi(a|s) / pi_old(a|s)
+             loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
+                       + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
+
+         W processes, the ranks, share the work. Each plays N / W of the games and computes the
+         gradient on its share of each minibatch; then all take the mean of these gradients, by an
+         all-reduce. They begin with the same weights and make the same steps, so their weights stay
+         the same, to the bit, and are sent only once.
+         The flags say what all ranks do together: the same flags are the same training on 1, 2
+         or 4 ranks, to rounding. For this, shares are equally large, advantages are normalised over
+         the whole minibatch, and each rank draws the random numbers of all games and uses its own:
+         one random state in the checkpoint is that of all.
+Differs  As ppo_atari.py, but for the minibatches: in each are equally many steps of every game.
+         Gradients are clipped after they were averaged.
+Shapes   T steps (four frames each) of N games in a rollout, n = N / W of them on this rank; B steps
+         in its share of a minibatch; K actions. Row t is the step from t to t+1.
+Run      python ppo_atari_distributed.py
+         torchrun --nproc-per-node 2 --max-restarts 3 ppo_atari_distributed.py
+         If a rank dies, torchrun starts all anew, and they go on from the last checkpoint. On two
+         machines, of which HOST is one, with a folder SHARED that both see, type on each:
+         torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
+             --max-restarts 3 ppo_atari_distributed.py --runs-dir SHARED
+Expect   To be measured.
+"""
+
+import contextlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import uuid
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from datetime import datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_type_hints
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from filelock import FileLock
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, distributed, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
+
+SCRIPT = "ppo_atari_distributed"  # named in checkpoints and messages
+STACK = 4  # frames of an observation
+
+# Argument types with their bounds.
+Steps = Annotated[int, 1, 10**12]
+Frequency = Annotated[int, 0, 10**12]  # interval in steps; 0: never
+Count = Annotated[int, 1, 10**6]
+SmallCount = Annotated[int, 1, 4096]
+Fraction = Annotated[float, 0, 1]
+Positive = Annotated[float, 1e-30, 1e30]
+Seconds = Annotated[float, 1, 10**6]
+Weight = Annotated[float, 0, 1e30]
+
+
+@dataclass(frozen=True)
+class Args:
+    env_id: str = "ALE/Breakout-v5"  # Gymnasium environment, or my_module:MyEnv-v0
+    env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
+    seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
+    total_timesteps: Steps = 10_000_000  # environment steps to train for, at least
+    num_envs: SmallCount = 8  # parallel environments (N)
+
+    learning_rate: Positive = 2.5e-4  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
+    num_steps: Count = 128  # steps of each environment in a rollout (T)
+    gamma: Fraction = 0.99  # discount factor
+    gae_lambda: Fraction = 0.95  # lambda of GAE; 0: one-step TD error, 1: Monte Carlo return
+    num_minibatches: Count = 4  # minibatches in an epoch, with one gradient step each
+    update_epochs: Count = 4  # epochs over a rollout
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: Positive = 0.1  # clip range of the probability ratio (epsilon)
+    clip_vloss: bool = True  # clip the change of V, too, by clip-coef
+    ent_coef: Weight = 0.01  # weight of the entropy in the loss
+    vf_coef: Weight = 0.5  # weight of the value loss in the loss
+    max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
+    stop_kl: Weight = 0.0  # KL divergence, in nats, of an epoch that is the last; 0: none
+    norm_obs: bool = False  # normalise observations by their running mean and standard deviation
+    sticky_actions: Fraction = 0.0  # probability that the emulator repeats the last action
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CPUs made for it
+
+    exp_name: str = SCRIPT  # part of the name of the run's folder
+    runs_dir: str = "runs"  # where the folders of runs are
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
+    compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
+    num_threads: Annotated[int, 0, 1024] = 0  # CPU threads of PyTorch; 0: one per core
+    rank_timeout: Seconds = 600.0  # to wait for another rank, in s, before the run stops
+    check_ranks: bool = False  # after each update, stop if the weights of the ranks differ
+    checkpoint_frequency: Frequency = 100_000  # steps between checkpoints; 0: only first and last
+    eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
+    eval_episodes: Count = 10  # episodes of one evaluation
+    capture_video: bool = False  # record the first episode of the last evaluation, as episode.gif
+    resume: str | None = None  # folder of a run to resume; other flags replace the saved ones
+    evaluate: str | None = None  # folder of a run, or its best.pt, to evaluate without training
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.num_steps * self.num_envs < 2 * self.num_minibatches:
+            raise ValueError("--num-minibatches leaves fewer than 2 steps in a minibatch")
+        if self.num_minibatches > self.num_steps:  # each has steps of every game
+            raise ValueError("--num-minibatches must be at most --num-steps")
+        if self.num_steps * self.num_envs > 10**6:  # 28 GB
+            raise ValueError("--num-steps times --num-envs must be at most 1000000")
+
+
+# ---- Environment and network ---------------------------------------------------------------------
+
+
+def make_games(args: Args, num_envs: int, **picture: int) -> gym.vector.VectorEnv:
+    """N games. Observations (N, 4, 84, 84) of uint8: the last four frames, newest last.
+
+    The emulators begin a game by FIRE, if it is needed, and up to 30 no-ops, repeat each action for
+    four frames, take the maximum of the last two for each pixel, in grey, and resize to 84 x 84.
+    """
+    if not args.env_id.startswith("ALE/"):
+        if args.sticky_actions:
+            raise UsageError(f"--sticky-actions is for the emulator; {args.env_id} has none")
+        games = OwnGames(args, num_envs)
+    else:
+        what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+        with as_usage_error(what, gym.error.Error, ImportError, ValueError, TypeError):
+            games = gym.make_vec(
+                args.env_id, num_envs, autoreset_mode="SameStep", reward_clipping=False,
+                repeat_action_probability=args.sticky_actions, **picture,
+                **json.loads(args.env_kwargs),
+            )  # fmt: skip
+    obs_space, action_space = games.single_observation_space, games.single_action_space
+    frames = isinstance(obs_space, gym.spaces.Box) and obs_space.dtype == np.uint8
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    fits = frames and (picture or obs_space.shape == (STACK, 84, 84))
+    if not (fits and discrete and action_space.n <= 256):
+        raise UsageError("needs a game such as ALE/Breakout-v5, or observations Box(0, 255, "
+                         "(4, 84, 84), uint8), the newest frame last, and up to 256 Discrete "
+                         f"actions; {args.env_id} has {obs_space} and {action_space}")  # fmt: skip
+    return games
+
+
+class Agent(nn.Module):
+    """pi(a|s) and V(s) on top of the convolutions of Mnih et al. (2015)."""
+
+    def __init__(self, num_actions: int, bfloat16: bool, norm_obs: bool) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+        self.obs_statistics = RunningStatistics(84 * 84) if norm_obs else None  # of each pixel
+        self.features = nn.Sequential(
+            nn.Conv2d(STACK, 32, 8, stride=4), nn.ReLU(),  # (B, 32, 20, 20)
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),  # (B, 64, 9, 9)
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten(),  # (B, 64 * 7 * 7)
+            nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
+        )  # fmt: skip
+        self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
+        gains = {self.actor: 0.01, self.critic: 1.0}  # makes the first policy nearly uniform
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
+                nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (B, 4, 84, 84) of uint8 -> logits of pi(.|s) (B, K) and V(s) (B,)."""
+        pixels = self.normalize(obs)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            features = self.features(pixels)
+        features = features.float()  # the 2 digits of bfloat16 are too few for a ratio
+        return self.actor(features), self.critic(features).squeeze(1)
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Frames (B, 4, 84, 84) of uint8 -> what the convolutions see, in their precision."""
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
+        pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype)
+        if self.obs_statistics is None:
+            return pixels.div_(255)
+        statistics = self.obs_statistics.mean, (self.obs_statistics.variance + 1e-8).sqrt()
+        mean, deviation = (
+            values.to(dtype).view(84, 84).expand(1, STACK, 84, 84)
+            .contiguous(memory_format=torch.channels_last) for values in statistics
+        )  # fmt: skip
+        return pixels.sub_(mean).div_(deviation).clamp_(-10, 10)
+
+
+def use_bfloat16(args: Args) -> bool:
+    """auto: on CPUs with instructions for it."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    automatic = args.precision == "auto" and args.device == "cpu" and supported()
+    return automatic or args.precision == "bfloat16"
+
+
+def make_network(args: Args, envs: "Envs") -> Agent:
+    """An agent for these games."""
+    return Agent(int(envs.action_space.n), use_bfloat16(args), args.norm_obs)
+
+
+# ---- The algorithm -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def act(
+    agent: nn.Module, obs: np.ndarray, noise: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples actions: observations (N, ...) -> actions, log pi(a|s), V(s), each (N,).
+
+    The noise (N, K) is exponentially distributed; the smallest of noise / pi(a|s) is sampled.
+    """
+    obs = torch.from_numpy(obs).to(next(agent.parameters()).device)
+    logits, values = (output.cpu() for output in agent(obs))
+    actions = (logits - noise.log()).argmax(-1)
+    return actions.numpy(), log_prob_and_entropy(logits, actions)[0].numpy(), values.numpy()
+
+
+def draw_noise(num_envs: int, agent: nn.Module) -> Tensor:
+    """What `act` samples the actions of N games by, (N, K)."""
+    return torch.empty(num_envs, agent.actor.out_features).exponential_()
+
+
+@torch.no_grad()
+def value(agent: nn.Module, obs: np.ndarray) -> np.ndarray:
+    """V(s): observations (N, ...) -> (N,)."""
+    return agent(torch.from_numpy(obs).to(next(agent.parameters()).device))[1].cpu().numpy()
+
+
+def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) and the entropy of pi(.|s), in nats: (..., K), (...) -> (...), (...)."""
+    log_pi = logits.log_softmax(-1)
+    return log_pi.gather(-1, actions[..., None]).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, gae_lambda: float,
+) -> Tensor:  # fmt: skip
+    """Generalised advantage estimation (2016, equation 16): five of (T, N) -> (T, N).
+
+    Where an episode terminated, V(s_{t+1}) counts as 0; where a time limit truncated it, V(s_{t+1})
+    bootstraps. The recursion stops at either, and after the last row.
+    """
+    deltas = rewards + gamma * next_values * ~terminated - values
+    decay = gamma * gae_lambda * ~(terminated | truncated)
+    advantages, following = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = following = deltas[t] + decay[t] * following
+    return advantages
+
+
+def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """-mean of min(ratio * A, clip(ratio) * A) (2017, equation 7): (B,), (B,) -> scalar.
+
+    Outside the clip range, the gradient is 0 if the ratio moved the way that A favours. Otherwise
+    the minimum is the unclipped term, which pulls it back.
+    """
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean()
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None
+) -> Tensor:
+    """mean of (V - return)^2 / 2: three of (B,) -> scalar.
+
+    With a clip, which is not in the paper, V may move by clip_coef from V_old, and the larger of
+    both errors counts.
+    """
+    errors = (values - returns).square()
+    if clip_coef is not None:
+        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        errors = torch.max(errors, (clipped - returns).square())
+    return errors.mean() / 2
+
+
+class Batch(NamedTuple):
+    """Steps of this rank's games, B in its share of a minibatch. Row b of each:"""
+
+    obs: Tensor  # observation, (B, 4, 84, 84)
+    actions: Tensor  # action, (B,)
+    log_probs: Tensor  # log pi_old(a|s), (B,)
+    values: Tensor  # V_old(s), (B,)
+    advantages: Tensor  # A, (B,)
+    returns: Tensor  # A + V_old(s), the target of V(s), (B,)
+
+
+def compute_gradient(agent: nn.Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """The gradient of the loss on this rank's share, not clipped yet -> metrics."""
+    logits, values = agent(batch.obs)
+    log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
+    log_ratio = log_probs - batch.log_probs
+    ratio = log_ratio.exp()
+    policy_loss = clipped_policy_loss(ratio, batch.advantages, args.clip_coef)
+    clip = args.clip_coef if args.clip_vloss else None
+    value_loss = clipped_value_loss(values, batch.values, batch.returns, clip)
+    entropy = entropies.mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # 2017, equation 9
+    loss.backward()
+    with torch.no_grad():
+        return {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
+            "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        }
+
+
+def update(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args, ranks: "Ranks"
+) -> dict[str, Tensor]:
+    """One gradient step on a minibatch, the shares of all ranks -> their mean metrics."""
+    optimizer.zero_grad()
+    metrics = compiled(compute_gradient, args)(agent, batch, args)
+    ranks.average([weights.grad for weights in agent.parameters()] + list(metrics.values()))
+    if args.max_grad_norm > 0:
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    if args.check_ranks:
+        ranks.check(agent)
+    return metrics
+
+
+def minibatches(args: Args) -> tuple[Tensor, ...]:
+    """An epoch: for each minibatch, which of their T steps the N games give, (T / minibatches, N).
+
+    The steps of each game are shuffled apart. All ranks draw the same.
+    """
+    return torch.rand(args.num_steps, args.num_envs).argsort(0).tensor_split(args.num_minibatches)
+
+
+def normalize(advantages: Tensor) -> Tensor:
+    """Mean 0, deviation 1."""
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def learn(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, advantages: Tensor,
+    args: Args, ranks: "Ranks",
+) -> dict[str, Tensor]:  # fmt: skip
+    """All epochs over a rollout -> the means of the minibatches' metrics.
+
+    The batch has this rank's T * n steps; the advantages, of all games, (T, N), are for the
+    normalisation.
+    """
+    metrics, mine = [], ranks.share(args.num_envs)
+    for _ in range(args.update_epochs):
+        for steps in minibatches(args):
+            scaled = advantages.gather(0, steps)
+            scaled = normalize(scaled) if args.norm_adv else scaled
+            steps, scaled = steps[:, mine], scaled[:, mine].to(batch.obs.device)
+            rows = (steps * steps.shape[1] + torch.arange(steps.shape[1])).to(batch.obs.device)
+            part = Batch(*(column[rows.flatten()] for column in batch))
+            part = part._replace(advantages=scaled.flatten())
+            metrics.append(update(agent, optimizer, part, args, ranks))
+        # The metrics are the same on all ranks: none of them stops alone.
+        epoch = [step["losses/approx_kl"] for step in metrics[-args.num_minibatches :]]
+        if 0 < args.stop_kl < torch.stack(epoch).mean():
+            break
+    return {tag: torch.stack([step[tag] for step in metrics]).mean() for tag in metrics[0]}
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 where V predicts the returns, 0 where it is no better than a constant: (B,), (B,)."""
+    return 1 - (returns - values).var() / (returns.var() + 1e-8)
+
+
+# ---- Normalisation -------------------------------------------------------------------------------
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows so far, of all ranks. As buffers, they are saved."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor, ranks: "Ranks") -> None:
+        """Adds (B, size) rows of each rank: Chan et al. (1979), "Updating formulae", eq. 2.1."""
+        count, mean = len(rows) * ranks.world, rows.mean(0)
+        ranks.average([mean])
+        variance = (rows - mean).square().mean(0)
+        ranks.average([variance])
+        total, difference = self.count + count, mean - self.mean
+        squares = self.variance * self.count + variance * count
+        self.variance.copy_((squares + difference**2 * self.count * count / total) / total)
+        self.mean += difference * count / total
+        self.count.copy_(total)
+
+
+def newest_frames(obs: Tensor) -> Tensor:
+    """Observations (..., 4, 84, 84) of uint8 -> newest frames (B, 84 * 84)."""
+    return obs[..., -1, :, :].reshape(-1, 84 * 84).float()
+
+
+# ---- Ranks ---------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """The W processes (`world`) that train together, and what they tell each other.
+
+    torchrun starts them and tells each its number, from 0 on, in RANK; LOCAL_RANK is its number on
+    its machine. Without torchrun, there is one.
+    """
+
+    runs = itertools.count()  # of this process
+
+    def __init__(self, args: Args | None = None) -> None:
+        self.rank, self.world, self.store, self.interrupted = 0, 1, None, False
+        if args is None or "RANK" not in os.environ:
+            return
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if args.num_envs % self.world:
+            raise UsageError(f"--num-envs {args.num_envs} cannot be shared by {self.world} ranks")
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+        cuda = torch.device(args.device).type == "cuda"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with self.waiting():
+            self.run, self.timeout = f"run {next(self.runs)}", timedelta(seconds=args.rank_timeout)
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+            self.store = distributed.TCPStore(
+                *address, is_master=not hosted and self.rank == 0, timeout=self.timeout
+            )
+            distributed.init_process_group(
+                "nccl" if cuda else "gloo", rank=self.rank, world_size=self.world,
+                store=distributed.PrefixStore(self.agree_on_a_name(), self.store),
+                timeout=self.timeout,
+            )  # fmt: skip
+            self.talk = distributed.new_group(backend="gloo", timeout=self.timeout)  # by the CPU
+
+    def agree_on_a_name(self) -> str:
+        """A name for this start of all ranks: the store remembers what those before left there.
+
+        Each rank leaves a new name of its own, and rank 0 answers each until all have come.
+        """
+        name = uuid.uuid4().hex
+        if self.rank > 0:
+            self.store.set(f"rank {self.rank}", name)
+            common = self.store.get(f"answer to {name}").decode()
+            self.store.set(f"{common} {self.rank}", "has come")
+            return common
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        for rank in range(1, self.world):
+            while not self.store.check([f"{name} {rank}"]):
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"rank {rank} has not come")
+                if self.store.check([f"rank {rank}"]):
+                    self.store.set(f"answer to {self.store.get(f'rank {rank}').decode()}", name)
+                time.sleep(0.01)
+        return name
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Says in one line that another rank is lost or hangs."""
+        try:
+            yield
+        except RuntimeError as error:
+            cause = str(error).split(" Original exception")[0].splitlines()[0]
+            message = f"rank {self.rank} lost another rank, or waited for it in vain: {cause}"
+            raise UsageError(message) from error
+
+    def share(self, num_envs: int) -> slice:
+        """Which of all games are on this rank."""
+        size = num_envs // self.world
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replaces tensors by their means over the ranks, in one all-reduce of one flat vector."""
+        if self.world > 1:
+            with self.waiting():
+                flat = torch.cat([tensor.flatten() for tensor in tensors])
+                distributed.all_reduce(flat)
+                parts = (flat / self.world).split([tensor.numel() for tensor in tensors])
+                for tensor, mean in zip(tensors, parts):
+                    tensor.copy_(mean.view_as(tensor))
+
+    def gather(self, thing: object) -> list:
+        """What each rank has, by rank, on all of them. Names a rank that does not come in time."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        with self.waiting():
+            distributed.monitored_barrier(self.talk, self.timeout)
+            distributed.all_gather_object(things, thing, self.talk)
+        return things
+
+    def broadcast(self, state: object) -> object:
+        """What rank 0 has, on all of them, on the CPU."""
+        if self.world == 1:
+            return state
+        file = io.BytesIO()
+        torch.save(state, file)
+        copy = [file.getvalue()]
+        with self.waiting():
+            distributed.broadcast_object_list(copy, 0, self.talk)
+        return torch.load(io.BytesIO(copy[0]), map_location="cpu", weights_only=True)
+
+    def check(self, network: nn.Module) -> None:
+        """Stops if the weights of the ranks are not the same, to the bit."""
+        sums = self.gather([weights.detach().cpu().contiguous().view(torch.int32).sum().item()
+                            for weights in network.state_dict().values()])  # fmt: skip
+        if sums != [sums[0]] * self.world:
+            raise UsageError("the weights of the ranks differ")
+
+    def find_run(self, folder: str | None) -> str | None:
+        """After a restart by torchrun: the folder of the run that is to be resumed."""
+        if self.store is not None and self.store.check([self.run]):
+            return self.store.get(self.run).decode()
+        return folder
+
+    def begin(self, run: "Run", *parts: nn.Module | torch.optim.Optimizer) -> None:
+        """All ranks begin where rank 0 does: with its weights, optimizer and random state."""
+        if self.rank == 0 and self.store is not None:
+            self.store.set(self.run, str(run.folder))
+        state = [torch.get_rng_state(), *(part.state_dict() for part in parts)]
+        random_state, *states = self.broadcast(state)
+        torch.set_rng_state(random_state)
+        for part, state in zip(parts, states):
+            if self.rank > 0:
+                part.load_state_dict(state)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks that share the cores
+        torch.set_num_threads(run.args.num_threads or max(1, os.cpu_count() // local))
+        if signal.getsignal(signal.SIGINT) == run.interrupt:
+            signal.signal(signal.SIGINT, self.interrupt)
+        self.interrupted, run.interrupted = run.interrupted, False
+
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C ends all ranks after the same iteration; a second one at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def leave(self) -> None:
+        if self.store is not None:
+            distributed.destroy_process_group()
+            self.store = None
+
+    def state_dict(self) -> dict:
+        return {"world": self.world}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["world"] != self.world:
+            print(f"Warning: from {state['world']} to {self.world} ranks. The run goes on, but not "
+                  "exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+
+
+# ---- Training and evaluation ---------------------------------------------------------------------
+
+
+def train(args: Args) -> "Result":
+    """Trains an agent, from the start or from the checkpoint in args.resume."""
+    torch.manual_seed(args.seed)
+    ranks = Ranks(args)
+    args = replace(args, resume=ranks.find_run(args.resume))
+    device = torch.device(args.device)
+    envs = Envs(args, args.num_envs, TRAINING, ranks=ranks)
+    agent = make_network(args, envs).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+    rows, mine = (args.num_steps, len(envs.obs)), ranks.share(args.num_envs)
+    obs = np.zeros((*rows, STACK, 84, 84), dtype=np.uint8)
+    log_probs, values, final_values, rewards = np.zeros((4, *rows), dtype=np.float32)
+    actions, (terminated, truncated) = np.zeros(rows, dtype=int), np.zeros((2, *rows), dtype=bool)
+    with (Run if ranks.rank == 0 else Follower)(
+        args, envs, agent, optimizer=optimizer, ranks=ranks
+    ) as run:
+        ranks.begin(run, agent, optimizer)
+        if args.norm_obs and envs.steps == 0:  # for the first rollout
+            frames = newest_frames(torch.from_numpy(envs.obs)).to(device)
+            agent.obs_statistics.update(frames, ranks)
+        while run.is_running():
+            if args.anneal_lr:
+                remaining = 1 - envs.steps / args.total_timesteps
+                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+
+            # Act: T steps of this rank's games.
+            for t in range(args.num_steps):
+                noise = draw_noise(args.num_envs, agent)[mine]
+                actions[t], log_probs[t], values[t] = act(agent, envs.obs, noise)
+                envs.send(actions[t].copy())  # envs keeps them
+                obs[t] = envs.obs  # while the emulators step
+                next_obs, reward, terminated[t], truncated[t] = envs.recv()
+                rewards[t] = np.sign(reward)
+                if truncated[t].any():
+                    final_values[t] = value(agent, next_obs)
+
+            # Learn. V(s_{t+1}) is the value of the next row, but for truncated games.
+            next_values = np.concatenate([values[1:], value(agent, envs.obs)[None]])
+            next_values = np.where(truncated, final_values, next_values)
+            columns = map(torch.from_numpy, (rewards, values, next_values, terminated, truncated))
+            advantages = gae(*columns, args.gamma, args.gae_lambda).numpy()
+            columns = obs, actions, log_probs, values, advantages, advantages + values
+            batch = Batch(*(torch.from_numpy(c).flatten(0, 1).to(device) for c in columns))
+            tables = ranks.gather(np.stack([advantages, advantages + values]))  # (2, T, n) of each
+            advantages, returns = torch.from_numpy(np.concatenate(tables, axis=-1))  # (T, N)
+            metrics = learn(agent, optimizer, batch, advantages, args, ranks)
+            if args.norm_obs:  # after the epochs: pi and pi_old share one normalisation
+                agent.obs_statistics.update(newest_frames(batch.obs), ranks)
+
+            # Log, evaluate, save.
+            variance = explained_variance(returns - advantages, returns)
+            metrics["losses/explained_variance"] = variance
+            envs.finished = sorted(sum(ranks.gather(envs.finished), []))
+            run.log(metrics | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
+            if run.is_due(args.eval_frequency):
+                run.evaluate()
+            if run.is_due(args.checkpoint_frequency):
+                run.save()
+            run.interrupted = any(ranks.gather(ranks.interrupted))  # by Ctrl-C
+        return run.finish()
+
+
+def play(args: Args, agent: Agent, obs: np.ndarray) -> np.ndarray:
+    """How the trained policy is evaluated: observations (N, 4, 84, 84) -> actions (N,).
+
+    They are sampled, by noise for these games alone: a greedy policy can get stuck in a loop.
+    """
+    return act(agent, obs, draw_noise(len(obs), agent))[0]
+
+
+def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
+    """Plays args.eval_episodes whole episodes, the same ones each time: mean return and length.
+
+    Uses its own environments, and leaves the random state of the training as it is. Records the
+    first episode to the file `gif`, if given.
+    """
+    num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
+    quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
+    envs = Envs(args, num_envs, EVALUATION, draw=gif is not None)
+    with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        envs.reset()
+        while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
+            if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
+                frames.append(envs.render())
+                if len(frames) > MAX_FRAMES:  # faster from now on: every fourth frame, eighth ...
+                    frames, stride = frames[::2], 2 * stride
+            envs.step(play(args, network, envs.obs[which]), which)
+    if gif is not None:
+        images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
+        with as_usage_error(f"cannot write {gif}", OSError):
+            images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
+                           loop=0)  # fmt: skip
+    _, returns, lengths = np.array(envs.finished).T
+    mean, deviation = returns.mean(), returns.std()
+    tqdm.write(f"Evaluation: return {mean:.1f} ± {deviation:.1f} over {len(returns)} episodes")
+    return float(mean), float(lengths.mean())
+
+
+# ---- Plumbing: environments, log, checkpoints, command line --------------------------------------
+
+MAX_EPISODE_STEPS = 10_000  # time limit where an environment has none
+MAX_FRAMES, FASTOCTREE = 500, Image.Quantize.FASTOCTREE  # of a GIF
+TRAINING, EVALUATION = 0, 1  # streams of seeds
+TIME = "%Y%m%d-%H%M%S-%f"  # in the name of a run's folder
+RESEED_FREQUENCY = 100_000  # steps after which the next game of an environment begins from a seed
+
+
+class UsageError(ValueError):
+    """What the user can mend: `main` prints one line."""
+
+
+@contextlib.contextmanager
+def as_usage_error(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors into a UsageError."""
+    try:
+        yield
+    except errors as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UsageError(f"{what}: {cause}") from error
+
+
+class Result(NamedTuple):
+    """Of a run. Return and length are means over the evaluation."""
+
+    folder: str
+    episodic_return: float
+    episodic_length: float
+    steps: int
+    seconds: float  # of training, without pauses
+
+
+def check(args: "Args") -> None:
+    """Refuses arguments of the wrong type or out of bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        plain = (hint,) if hint in (str, bool) else (str, int, float, bool, type(None))
+        if type(value) not in plain:  # a checkpoint could not be read again
+            raise ValueError(f"{flag} cannot be of type {type(value).__name__}")
+        with as_usage_error(flag, UnicodeError):  # it is not UTF-8
+            str(value).encode()
+        if hasattr(hint, "__metadata__"):
+            kind, (low, high) = hint.__origin__, hint.__metadata__
+            if not (isinstance(value, int | kind) and low <= value <= high):
+                raise ValueError(f"{flag} must be {kind.__name__}, {low} to {high}, not {value}")
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--resume and --evaluate exclude each other")
+
+
+def compiled(function: Callable, args: Args, dynamic: bool = False) -> Callable:
+    """With --compile, the function as one graph of fused kernels; the same lines without it.
+
+    It is compiled anew for each new shape; if dynamic, once for all shapes.
+    """
+    return compile_once(function, dynamic) if args.compile else function
+
+
+@cache
+def compile_once(function: Callable, dynamic: bool) -> Callable:
+    """Compiles at the first call."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
+
+
+def make_gym_env(args: Args, render_mode: str | None) -> gym.Env:
+    """The environment, with a time limit."""
+    sys.path.append(os.getcwd())  # my_module may lie where the command was typed
+    os.environ["SDL_VIDEODRIVER"] = "dummy"  # drawing needs no screen
+    errors = (TypeError, ValueError) if args.env_kwargs != "{}" else ()
+    what = f"--env-id {args.env_id!r} with --env-kwargs {args.env_kwargs!r}"
+    with as_usage_error(what, gym.error.Error, ImportError, *errors):
+        if not re.fullmatch(r"([A-Za-z_][\w.]*:)?[\w/.-]+", args.env_id):
+            raise ImportError("this is no name")
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    if render_mode is not None:
+        with as_usage_error(f"--capture-video: {args.env_id} cannot be drawn", Exception):
+            env.reset()
+            if env.render().shape[2:] != (3,) or env.render().dtype != np.uint8:
+                raise ValueError("it does not draw arrays (H, W, 3) of uint8")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    return env
+
+
+class OwnGames:
+    """Environments of your own with the interface of the emulators."""
+
+    def __init__(self, args: Args, num_envs: int) -> None:
+        self.envs = [make_gym_env(args, None) for _ in range(num_envs)]
+        self.single_observation_space = self.envs[0].observation_space
+        self.single_action_space = self.envs[0].action_space
+        self.obs = np.zeros((num_envs, STACK, 84, 84), np.uint8)
+
+    def reset(self, seed: np.ndarray, options: dict) -> tuple[np.ndarray, dict]:
+        """Begins episodes from these seeds where the mask is True."""
+        for i, env_seed in zip(np.flatnonzero(options["reset_mask"]), seed.tolist()):
+            self.obs[i], _ = self.envs[i].reset(seed=env_seed)
+        return self.obs.copy(), {"lives": np.zeros(len(self.envs), int)}
+
+    def send(self, actions: np.ndarray) -> None:
+        """Takes the actions for `recv`."""
+        self.actions = actions
+
+    def recv(self) -> tuple:
+        """Steps, and begins a new episode where one ended."""
+        terminated, truncated = np.zeros((2, len(self.envs)), bool)
+        rewards, final_obs = np.zeros(len(self.envs)), self.obs.copy()
+        for i, (env, action) in enumerate(zip(self.envs, self.actions)):
+            self.obs[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i], final_obs[i] = np.asarray(reward).item(), self.obs[i]
+            if terminated[i] or truncated[i]:
+                self.obs[i], _ = env.reset()
+        info = {"lives": np.zeros(len(self.envs), int), "final_obs": final_obs}
+        return self.obs.copy(), rewards, terminated, truncated, info
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+class Envs:
+    """This rank's share of N games, stepped side by side. Where a game ends, the next one begins.
+
+    `steps` are those of all ranks.
+    The emulators run in native code: `send` hands them actions, `recv` waits for what came of them.
+    A seed and all actions since determine the games. A game begins from a seed now and then (not
+    each: it takes 0.1 s); a checkpoint holds the actions since, and `reset` replays them.
+    """
+
+    def __init__(
+        self, args: Args, num_envs: int, stream: int, draw: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
+        self.ranks, self.total = ranks or Ranks(), num_envs  # of all ranks
+        self.first = self.ranks.share(num_envs).start  # the number of this rank's first game
+        num_envs //= self.ranks.world
+        self.envs = [make_games(args, num_envs)]
+        if draw and args.env_id.startswith("ALE/"):  # one more game that shows the first in colour
+            self.envs.append(make_games(args, 1, grayscale=False, stack_num=1, img_height=210,
+                                        img_width=160))  # fmt: skip
+        self.seed, self.stream, self.fps, self.first_action = args.seed, stream, 15, 0
+        self.obs_space = self.envs[0].single_observation_space
+        self.action_space = self.envs[0].single_action_space
+        self.obs = np.zeros((num_envs, STACK, 84, 84), np.uint8)
+        self.steps, self.finished = 0, []  # (step, return, length) of each
+        self.episodes, self.lengths = np.zeros((2, num_envs), int)  # finished; of the running ones
+        self.returns = np.zeros(num_envs)
+        self.seeds = np.array([self.new_seed(i) for i in range(num_envs)])
+        self.actions = []  # of all environments, (N,) each, since the oldest of these seeds
+        self.since = np.zeros(num_envs, int)  # the number of actions before the seed of each
+
+    def new_seed(self, i: int) -> int:
+        """The seed of an environment's next game, of 31 bits."""
+        key = self.stream, self.first + i, int(self.episodes[i])
+        sequence = np.random.SeedSequence(self.seed, spawn_key=key)
+        return int(sequence.generate_state(1)[0]) & 0x7FFFFFFF
+
+    def begin(self, mask: np.ndarray) -> None:
+        """Begins games from their seeds where the mask is True."""
+        options = {"reset_mask": mask}
+        self.obs, info = self.envs[0].reset(seed=self.seeds[mask], options=options)
+        self.lives = info["lives"]
+
+    def reset(self) -> None:
+        """Begins the games, and replays the actions of a checkpoint."""
+        saved = self.obs.copy()
+        if len(self.actions) > 1000:
+            print(f"Replaying {len(self.actions)} steps of {len(saved)} games", flush=True)
+        self.begin(np.ones(len(saved), bool))
+        for camera in self.envs[1:]:
+            self.picture, _ = camera.reset(seed=self.seeds[:1])
+        for t in range(len(self.actions) + 1):
+            if t > 0 and (self.since == t).any():
+                self.begin(self.since == t)
+            if t < len(self.actions):
+                self.envs[0].send(self.actions[t])
+                self.obs, _, _, _, info = self.envs[0].recv()
+                self.lives = info["lives"]
+        if self.steps > 0 and not np.array_equal(saved, self.obs):
+            print("Warning: seed and actions do not repeat an episode. The run goes on, but not "
+                  "exactly as if it had not been interrupted.", file=sys.stderr)  # fmt: skip
+
+    def send(self, actions: np.ndarray) -> None:
+        """Hands over actions (N,)."""
+        self.actions.append(actions)
+        self.envs[0].send(actions)
+        for camera in self.envs[1:]:
+            self.picture, *_ = camera.step(actions[:1])
+
+    def recv(self, which: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, ...]:
+        """Waits for next_obs (N, 4, 84, 84), rewards, terminated, truncated (N,).
+
+        `terminated` is also True where a life was lost, and the game goes on. Where a game ended,
+        next_obs is its last observation, and self.obs the first one of the next game. Only games
+        of the environments in `which` are counted.
+        """
+        self.obs, rewards, game_over, truncated, info = self.envs[0].recv()
+        if not np.isfinite(rewards).all():
+            raise UsageError("a reward of the environment is not finite")
+        next_obs, ended = self.obs, game_over | truncated
+        if truncated.any():  # only then is the last observation of use
+            next_obs = self.obs.copy()
+            next_obs[truncated] = np.stack(info["final_obs"][truncated])
+        terminated = game_over | ((info["lives"] < self.lives) & ~truncated)
+        self.lives = info["lives"]
+        self.returns += rewards
+        self.lengths += 1
+        for i in np.arange(len(ended))[which]:
+            if ended[i]:
+                outcome = self.returns[i].item(), self.lengths[i].item()
+                self.finished.append((self.steps + 1 + self.first + int(i), *outcome))
+        self.steps += self.total
+        self.episodes += ended
+        self.returns[ended] = self.lengths[ended] = 0
+        self.reseed(ended & (len(self.actions) - self.since >= RESEED_FREQUENCY // self.total))
+        return next_obs, rewards, terminated, truncated
+
+    def reseed(self, mask: np.ndarray) -> None:
+        """Begins games from new seeds; forgets the actions before the oldest seed."""
+        if mask.any():
+            self.seeds[mask] = [self.new_seed(i) for i in np.flatnonzero(mask)]
+            self.since[mask] = len(self.actions)
+            self.begin(mask)
+            self.actions = self.actions[self.since.min() :]
+            self.since -= self.since.min()
+
+    def step(self, actions: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Both, by actions (n,) for the environments in `which`; the others do nothing."""
+        everywhere = np.zeros(len(self.obs), int)
+        everywhere[which] = actions
+        self.send(everywhere)
+        return self.recv(which)
+
+    def render(self) -> np.ndarray:
+        """A picture of the first game, (H, W, 3), in colour if it is an emulator's."""
+        if len(self.envs) > 1:
+            return self.picture[0, -1].repeat(2, axis=0).repeat(2, axis=1)
+        return np.stack([self.obs[0, -1].repeat(4, axis=0).repeat(4, axis=1)] * 3, axis=-1)
+
+    def close(self) -> None:
+        while self.envs:
+            self.envs.pop().close()
+        self.ranks.leave()
+
+    COLUMNS = "episodes", "lengths", "returns", "seeds", "since", "obs"
+
+    def state_dict(self) -> dict:
+        """Of the games of all ranks. Their actions begin at the oldest seed of all."""
+        columns = {name: getattr(self, name) for name in self.COLUMNS}
+        actions = np.array(self.actions, int).reshape(-1, len(self.obs))
+        states = self.ranks.gather(columns | {"actions": actions})
+        longest = max(len(state["actions"]) for state in states)
+        for state in states:
+            missing = longest - len(state["actions"])
+            state["actions"] = np.pad(state["actions"], ((missing, 0), (0, 0))).T
+            state["since"] = state["since"] + missing
+        joined = {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+        return {"steps": self.steps} | {n: torch.from_numpy(part) for n, part in joined.items()}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """Rank 0 has the state of all games, and hands them out."""
+        if self.ranks.rank == 0 and len(state["obs"]) != self.total:
+            raise ValueError(f"there were {len(state['obs'])} games, {self.total} now")
+        state = self.ranks.broadcast(state)
+        self.steps, mine = int(state["steps"]), self.ranks.share(self.total)
+        for name in self.COLUMNS:
+            setattr(self, name, state[name].numpy()[mine])
+        oldest = self.since.min()
+        self.actions = list(state["actions"].numpy()[mine].T[oldest:])
+        self.since = self.since - oldest
+
+
+class Run:
+    """Folder, log, progress bar and checkpoints of a training."""
+
+    def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
+        self.args, self.envs, self.network = args, envs, network
+        self.parts = {"envs": envs, "network": network} | parts
+        self.seconds, self.best_return, self.saved_step = 0.0, -math.inf, -1
+        self.interrupted, self.recent = False, deque(maxlen=20)  # returns, for the bar
+        with contextlib.ExitStack() as stack:
+            stack.callback(envs.close)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(args.num_threads or os.cpu_count())
+            torch.backends.cudnn.deterministic = True
+            if args.compile:  # fails now, not at the first gradient step
+                with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
+                    torch.compiler.reset()  # what other runs of this process have compiled
+                    torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
+                    numbers = torch.zeros(8, device=args.device)
+                    torch.compile(lambda x: x.sin(), fullgraph=True)(numbers)
+            if args.capture_video:  # fails now, not after the training
+                Envs(args, 1, EVALUATION, draw=True).close()
+            with as_usage_error("cannot write", OSError):  # or it is locked by another process
+                new = args.resume is None
+                if new:
+                    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():{TIME}}"
+                    self.folder = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+                    self.folder.mkdir(parents=True)
+                else:
+                    self.folder = checkpoint_path(args.resume).parent
+                stack.enter_context(FileLock(self.folder / "lock", blocking=False))
+            for part in parts.values():
+                if hasattr(part, "open"):
+                    part.open(self.folder, args.resume is not None)
+                    stack.callback(part.close)
+            if args.resume is not None:
+                self.load()
+            self.old_result = self.find_result()
+            if self.old_result is not None:
+                self.stack = stack.pop_all()
+                return
+            envs.reset()
+            self.start = time.perf_counter() - self.seconds
+            rows = [("argument", "value"), ("-", "-"), *asdict(args).items()]
+            table = "\n".join(f"|{name}|{value}|" for name, value in rows)
+            with as_usage_error("cannot write the log", OSError):
+                self.writer = SummaryWriter(self.folder, purge_step=envs.steps + 1)
+                stack.callback(self.close_log)
+                self.writer.add_text("hyperparameters", table, envs.steps)
+            moves = sys.stderr.isatty() or "ipykernel" in sys.modules
+            self.bar = tqdm(initial=envs.steps, total=args.total_timesteps, unit="steps",
+                            unit_scale=True, mininterval=0.1 if moves else 30)  # fmt: skip
+            stack.callback(self.bar.close)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    signal.signal(signal.SIGINT, self.interrupt)
+                    stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+            print(f"Training in {self.folder}", flush=True)
+            if self.saved_step < 0:
+                self.save()
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self.stack.close()
+        if error is not None:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+            error.add_note(f"Stopped at step {self.envs.steps}. To go on from the checkpoint of "
+                           f"step {self.saved_step}:\n{command}")  # fmt: skip
+
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C ends after this iteration; a second one at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def is_running(self) -> bool:
+        """Whether there are steps left. After Ctrl-C, saves and stops."""
+        if self.interrupted:
+            self.save()
+            raise KeyboardInterrupt
+        self.iteration_start = self.envs.steps
+        return self.envs.steps < self.args.total_timesteps
+
+    def is_due(self, frequency: int) -> bool:
+        """Whether this iteration passed a multiple of `frequency`; not at the end."""
+        passed = frequency > 0 and self.envs.steps // frequency > self.iteration_start // frequency
+        return passed and self.envs.steps < self.args.total_timesteps
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """Writes metrics and finished episodes, and stops at NaN."""
+        if metrics:
+            speed = self.envs.steps / (time.perf_counter() - self.start)
+            metrics = metrics | {"charts/SPS": speed}
+        with as_usage_error("cannot write the log", OSError):
+            for step, episodic_return, length in self.envs.finished:
+                self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+                self.writer.add_scalar("charts/episodic_length", length, step)
+                self.recent.append(episodic_return)
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, float(value), self.envs.steps)
+        self.envs.finished.clear()
+        if self.recent:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent):.1f}", refresh=False)
+        self.bar.update(min(self.envs.steps, self.args.total_timesteps) - self.bar.n)
+        numbers = [*metrics.values(), *(w.sum() for w in self.network.state_dict().values())]
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError("a loss or a weight is not finite: try a lower --learning-rate")
+
+    def save(self) -> None:
+        """Writes a checkpoint, which changes nothing in the run."""
+        self.log({})
+        with as_usage_error("cannot write the log", OSError):
+            self.writer.flush()
+        seconds = time.perf_counter() - self.start
+        state = {"seconds": seconds, "random_state": torch.get_rng_state()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        write_checkpoint(self.folder / "checkpoint.pt", self.args, state)
+        self.saved_step = self.envs.steps
+
+    def load(self) -> None:
+        """Reads the checkpoint, but not the settings of optimizers: they may be new."""
+        state = read_checkpoint(self.args.resume)
+        with as_usage_error(f"the checkpoint in {self.args.resume} does not fit", Exception):
+            self.seconds = float(state["seconds"])
+            torch.set_rng_state(state["random_state"])
+            for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    state[name]["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(state[name])
+        self.saved_step = self.envs.steps
+        (self.folder / "checkpoint.tmp").unlink(missing_ok=True)
+        if (self.folder / "best.pt").exists():
+            self.best_return = read_checkpoint(self.folder / "best.pt")["return"]
+
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        """Evaluates, and keeps the best network in best.pt."""
+        begun = time.perf_counter()
+        mean, length = evaluate(self.args, self.network, gif)
+        self.start += time.perf_counter() - begun  # no time of training
+        self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
+        if mean > self.best_return:
+            self.best_return, state = mean, {"network": self.network.state_dict(), "return": mean}
+            write_checkpoint(self.folder / "best.pt", self.args, state)
+        return mean, length
+
+    def find_result(self) -> Result | None:
+        """The result, if the run ended before it was resumed."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            result = Result(**json.loads((self.folder / "result.json").read_text()))
+            if result.steps == self.envs.steps >= self.args.total_timesteps:
+                return result._replace(folder=str(self.folder))
+        return None
+
+    def finish(self) -> Result:
+        """Saves, evaluates, writes the result."""
+        if self.old_result is not None:
+            print("This run has ended. To train it further, give a larger --total-timesteps.")
+            return self.old_result
+        if self.envs.steps > self.saved_step:
+            self.save()
+        seconds = time.perf_counter() - self.start
+        self.envs.close()
+        gif = self.folder / "episode.gif" if self.args.capture_video else None
+        mean, length = self.evaluate(gif)
+        # Capitals come first in HPARAMS.
+        given = {name: value for name, value in asdict(self.args).items() if value is not None}
+        row = {"Return": mean, "Script": self.args.exp_name} | given
+        summaries = list(hparams(row, {"eval/episodic_return": mean}))
+        result = Result(str(self.folder), mean, length, self.envs.steps, seconds)
+        with as_usage_error("cannot write the result", OSError):
+            if gif is not None:  # add_image would show a still picture
+                image = Summary.Image(encoded_image_string=gif.read_bytes(), colorspace=3)
+                summaries.append(Summary(value=[Summary.Value(tag="eval/episode", image=image)]))
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, self.envs.steps)
+            self.writer.flush()
+            (self.folder / "result.json").write_text(json.dumps(result._asdict()))
+        return result
+
+    def close_log(self) -> None:
+        """On a full disk, this would fail once more."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
+
+
+class Follower(Run):
+    """Run on the other ranks: takes part in what all do together, and writes nothing."""
+
+    def __init__(self, args: Args, envs: Envs, network: nn.Module, **parts) -> None:
+        self.args, self.envs, self.saved_step, self.interrupted = args, envs, 0, False
+        with contextlib.ExitStack() as stack:
+            stack.callback(envs.close)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.backends.cudnn.deterministic = True
+            if args.compile:
+                torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    signal.signal(signal.SIGINT, self.interrupt)
+                    stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+            if args.resume is not None:
+                envs.load_state_dict(None)
+                self.saved_step = envs.steps
+            if envs.steps < args.total_timesteps:
+                envs.reset()
+            if args.resume is None:
+                self.save()
+            self.stack = stack.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        self.envs.finished.clear()
+
+    def save(self) -> None:
+        self.envs.state_dict()
+        self.saved_step = self.envs.steps
+
+    def evaluate(self, gif: Path | None = None) -> tuple[float, float]:
+        return math.nan, math.nan
+
+    def finish(self) -> Result:
+        if self.envs.steps > self.saved_step:
+            self.save()
+        return Result("", math.nan, math.nan, self.envs.steps, math.nan)
+
+
+def write_checkpoint(path: Path, args: Args, state: dict) -> None:
+    """Writes a new file and renames it, so that one is always whole."""
+    new = path.with_suffix(".tmp")
+    state = {"script": SCRIPT, "args": asdict(replace(args, resume=None, evaluate=None))} | state
+    try:
+        with as_usage_error(f"cannot write {path}", OSError, RuntimeError):
+            with open(new, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """The file itself, or checkpoint.pt in that folder."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint {str(path)!r}")
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of this script, unchanged since it was written."""
+    path = checkpoint_path(path)
+    with as_usage_error(f"{path} is no checkpoint of {SCRIPT}.py", Exception):
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is one of {state['script']}.py")
+        return state | {"args": Args(**state["args"])}
+
+
+def load_network(path: str | Path, args: Args | None = None) -> tuple[Args, Envs, nn.Module]:
+    """Arguments, environments (closed) and network of a checkpoint."""
+    state = read_checkpoint(path)
+    args = args or state["args"]
+    with contextlib.closing(Envs(args, 1, EVALUATION)) as envs:
+        network = make_network(args, envs)
+    with as_usage_error(f"{path} does not fit {args.env_id}", Exception):
+        network.load_state_dict(state["network"])
+    return args, envs, network.to(args.device)
+
+
+def load_policy(path: str | Path) -> Callable:
+    """The policy of a run, or of a best.pt, for `env.step(policy(obs))`."""
+    args, envs, network = load_network(path)
+
+    def policy(obs):
+        row = np.reshape(gym.spaces.flatten(envs.obs_space, obs), (1, *envs.obs.shape[1:]))
+        return (play(args, network, row.astype(envs.obs.dtype)) + envs.first_action)[0]
+
+    return policy
+
+
+def parse_args() -> Args:
+    """The command line; a run's arguments are the defaults of --resume and --evaluate."""
+    words = [re.sub(r"^((?:--.*=)?\d+)e(\d{1,3})$", lambda n: n[1] + "0" * int(n[2]), word)
+             for word in sys.argv[1:]]  # fmt: skip
+    runs = make_dataclass("Runs", [(name, str | None, None) for name in ("resume", "evaluate")])
+    run, _ = tyro.cli(runs, args=words, add_help=False, return_unknown_args=True)
+    default = Args()
+    if (run.resume is None) != (run.evaluate is None):
+        default = replace(read_checkpoint(run.resume or run.evaluate or "")["args"], **vars(run))
+    # Two groups in --help: the algorithm and, from exp_name on, the run.
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Args), re.M))
+    groups, hints = {"algorithm": [], "run": []}, get_type_hints(Args, include_extras=True)
+    for name in asdict(default):
+        group = "run" if name == "exp_name" or groups["run"] else "algorithm"
+        hint = Annotated[hints[name], tyro.conf.arg(help=comments[name])]
+        groups[group].append((name, hint, getattr(default, name)))
+    parts = {name: make_dataclass(name, arguments) for name, arguments in groups.items()}
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    command = make_dataclass("Command", fields)
+    doc = __doc__ or SCRIPT  # none with python -OO
+    about = [doc.splitlines()[0], *re.findall(r"^Run .*?(?=^\w)", doc, re.M | re.S)]
+    parsed = tyro.cli(command, args=words, description="\n\n".join(about))
+    with as_usage_error("arguments", ValueError):
+        args = Args(**vars(parsed.algorithm), **vars(parsed.run))
+    with as_usage_error(f"--device {args.device}", RuntimeError, AssertionError):
+        torch.zeros(1, device=args.device).cpu()  # is it there?
+    return args
+
+
+def main() -> None:
+    """Trains or evaluates, and prints the folder of the run last."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # where there is no ±
+    hook = threading.excepthook  # TensorBoard raises its errors twice
+    threading.excepthook = lambda args: "tensorboard" in type(args.thread).__module__ or hook(args)
+    try:
+        args = parse_args()
+        if args.evaluate is None:
+            print(train(args).folder)
+        else:
+            torch.set_num_threads(args.num_threads or os.cpu_count())
+            folder = checkpoint_path(args.evaluate).parent
+            gif = folder / "episode.gif" if args.capture_video else None
+            evaluate(args, load_network(args.evaluate, args)[-1], gif)
+            print(folder)
+    except UsageError as error:
+        message = " ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"{SCRIPT}:", *message.split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"{SCRIPT}: interrupted", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
