@@ -180,8 +180,8 @@ def test_pages_are_what_the_records_say(path):
 
 
 def test_readme_is_short():
-    """At most 149 lines for six scripts, and one more for each further script."""
-    assert len(README.read_text().splitlines()) <= 143 + len(NAMES)
+    """At most 154 lines for six scripts, and one more for each further script."""
+    assert len(README.read_text().splitlines()) <= 148 + len(NAMES)
 
 
 @pytest.mark.parametrize("program", ["floor", "learn", "plot", "sb3", "speed"])

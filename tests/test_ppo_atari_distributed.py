@@ -402,7 +402,8 @@ with socket.socket() as free:
     port = free.getsockname()[1]
 for rank in range(world):
     if os.fork() == 0:
-        os.environ |= {{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        # As on machines of one rank each.
+        os.environ |= {{"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}}
         sys.argv, code = ["{NAME}.py", *sys.argv[2:]], 0
         try:
