@@ -162,12 +162,13 @@ def main() -> None:
     parser.add_argument("--sbx-python", help="a Python that has SBX")
     options = parser.parse_args()
     if options.cores:  # the programs inherit it; by default PyTorch and JAX take all
-        os.sched_setaffinity(0, range(options.cores))
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
         os.environ["OMP_NUM_THREADS"] = str(options.cores)
+    cores = len(os.sched_getaffinity(0))
     head = {
         "rounds": f"{options.rounds}, in turn, one after another",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{processor()}, {cores} core{'s' if cores > 1 else ''}",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "gymnasium", "ale-py")),
     }
     if options.cleanrl:
