@@ -25,19 +25,21 @@ Idea     Play T steps in N environments with the policy pi(a|s). Estimate the ad
          W processes, the ranks, share the work. Each plays N / W of the games and computes the
          gradient on its share of each minibatch; then all take the mean of these gradients, by an
          all-reduce. They begin with the same weights and make the same steps, so their weights stay
-         the same, to the bit, and are sent only once.
+         the same, to the bit on machines of one kind, and are sent only once.
          The flags say what all ranks do together: the same flags are the same training on 1, 2
-         or 4 ranks, to rounding. For this, shares are equally large, advantages are normalised over
-         the whole minibatch, and each rank draws the random numbers of all games and uses its own:
-         one random state in the checkpoint is that of all.
-Differs  As ppo_atari.py, but for the minibatches: in each are equally many steps of every game.
-         Gradients are clipped after they were averaged.
+         or 4 ranks, until rounding makes an action differ. For this, shares are equally large,
+         advantages are normalised over the whole minibatch, and each rank draws the random numbers
+         of all games and uses its own: one random state in the checkpoint is that of all.
+Differs  As ppo_atari.py says of time limits, lost lives and --norm-obs. In each minibatch are
+         equally many steps of every game. Gradients are clipped after they were averaged.
+         --stop-kl can end the epochs early.
 Shapes   T steps (four frames each) of N games in a rollout, n = N / W of them on this rank; B steps
          in its share of a minibatch; K actions. Row t is the step from t to t+1.
 Run      python ppo_atari_distributed.py
          torchrun --nproc-per-node 2 --max-restarts 3 ppo_atari_distributed.py
-         If a rank dies, torchrun starts all anew, and they go on from the last checkpoint. On two
-         machines, of which HOST is one, with a folder SHARED that both see, type on each:
+         If a rank dies, torchrun starts all anew, and they go on from the last checkpoint, at most
+         3 times. On two machines, of which HOST is one, with a folder SHARED that both see, type on
+         each (if one is lost, type it on both again, with --resume RUN):
          torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
              --max-restarts 3 ppo_atari_distributed.py --runs-dir SHARED
 Expect   To be measured.
@@ -58,6 +60,7 @@ import threading
 import time
 import uuid
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass, replace
@@ -127,8 +130,8 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
     compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 0  # CPU threads of PyTorch; 0: one per core
-    rank_timeout: Seconds = 600.0  # to wait for another rank, in s, before the run stops
-    check_ranks: bool = False  # after each update, stop if the weights of the ranks differ
+    rank_timeout: Seconds = 1800.0  # to wait for another rank; longer than an evaluation takes
+    check_ranks: bool = False  # after each update, compare the weights of the ranks: slow
     checkpoint_frequency: Frequency = 100_000  # steps between checkpoints; 0: only first and last
     eval_frequency: Frequency = 0  # steps between evaluations while training; 0: only at the end
     eval_episodes: Count = 10  # episodes of one evaluation
@@ -316,7 +319,7 @@ class Batch(NamedTuple):
     actions: Tensor  # action, (B,)
     log_probs: Tensor  # log pi_old(a|s), (B,)
     values: Tensor  # V_old(s), (B,)
-    advantages: Tensor  # A, (B,)
+    advantages: Tensor  # A, normalised in a minibatch, (B,)
     returns: Tensor  # A + V_old(s), the target of V(s), (B,)
 
 
@@ -365,8 +368,8 @@ def minibatches(args: Args) -> tuple[Tensor, ...]:
     return torch.rand(args.num_steps, args.num_envs).argsort(0).tensor_split(args.num_minibatches)
 
 
-def normalize(advantages: Tensor) -> Tensor:
-    """Mean 0, deviation 1."""
+def standardize(advantages: Tensor) -> Tensor:
+    """Mean 0, standard deviation 1."""
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
@@ -383,7 +386,7 @@ def learn(
     for _ in range(args.update_epochs):
         for steps in minibatches(args):
             scaled = advantages.gather(0, steps)
-            scaled = normalize(scaled) if args.norm_adv else scaled
+            scaled = standardize(scaled) if args.norm_adv else scaled
             steps, scaled = steps[:, mine], scaled[:, mine].to(batch.obs.device)
             rows = (steps * steps.shape[1] + torch.arange(steps.shape[1])).to(batch.obs.device)
             part = Batch(*(column[rows.flatten()] for column in batch))
@@ -439,7 +442,7 @@ class Ranks:
     """The W processes (`world`) that train together, and what they tell each other.
 
     torchrun starts them and tells each its number, from 0 on, in RANK; LOCAL_RANK is its number on
-    its machine. Without torchrun, there is one.
+    its machine. Without torchrun, or without args, as for an evaluation, a process is alone.
     """
 
     runs = itertools.count()  # of this process
@@ -453,27 +456,34 @@ class Ranks:
             raise UsageError(f"--num-envs {args.num_envs} cannot be shared by {self.world} ranks")
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-        cuda = torch.device(args.device).type == "cuda"
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if args.device == "cuda":
+            local = int(os.environ["LOCAL_RANK"])
+            if local >= torch.cuda.device_count():
+                raise UsageError(f"rank {self.rank} has no GPU of its own: lower --nproc-per-node")
+            torch.cuda.set_device(local)
+        elif args.device != "cpu":
+            raise UsageError("--device of several ranks must be cuda or cpu")
+        if distributed.is_initialized():  # by a training of this process that failed
+            distributed.destroy_process_group()
         with self.waiting():
-            self.run, self.timeout = f"run {next(self.runs)}", timedelta(seconds=args.rank_timeout)
+            self.key, self.timeout = f"run {next(self.runs)}", timedelta(seconds=args.rank_timeout)
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
             self.store = distributed.TCPStore(
                 *address, is_master=not hosted and self.rank == 0, timeout=self.timeout
             )
             distributed.init_process_group(
-                "nccl" if cuda else "gloo", rank=self.rank, world_size=self.world,
+                "nccl" if args.device == "cuda" else "gloo", rank=self.rank,
+                world_size=self.world, timeout=self.timeout,
                 store=distributed.PrefixStore(self.agree_on_a_name(), self.store),
-                timeout=self.timeout,
             )  # fmt: skip
             self.talk = distributed.new_group(backend="gloo", timeout=self.timeout)  # by the CPU
 
     def agree_on_a_name(self) -> str:
-        """A name for this start of all ranks: the store remembers what those before left there.
+        """A name that only this start of the ranks has: the store keeps what dead ones left there.
 
-        Each rank leaves a new name of its own, and rank 0 answers each until all have come.
+        Each asks under a new name; rank 0 answers with its own, until all have come. The number of
+        torchrun's restarts will not do: it can differ between machines.
         """
         name = uuid.uuid4().hex
         if self.rank > 0:
@@ -493,11 +503,11 @@ class Ranks:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Says in one line that another rank is lost or hangs."""
+        """Turns the errors of torch.distributed into one line: mostly, a rank is lost or hangs."""
         try:
             yield
         except RuntimeError as error:
-            cause = str(error).split(" Original exception")[0].splitlines()[0]
+            cause = str(error).split(" Original exception")[0].partition("\n")[0]
             message = f"rank {self.rank} lost another rank, or waited for it in vain: {cause}"
             raise UsageError(message) from error
 
@@ -517,7 +527,7 @@ class Ranks:
                     tensor.copy_(mean.view_as(tensor))
 
     def gather(self, thing: object) -> list:
-        """What each rank has, by rank, on all of them. Names a rank that does not come in time."""
+        """What each rank has, by rank, on all of them. Rank 0 names one that does not come."""
         if self.world == 1:
             return [thing]
         things = [None] * self.world
@@ -538,40 +548,48 @@ class Ranks:
         return torch.load(io.BytesIO(copy[0]), map_location="cpu", weights_only=True)
 
     def check(self, network: nn.Module) -> None:
-        """Stops if the weights of the ranks are not the same, to the bit."""
-        sums = self.gather([weights.detach().cpu().contiguous().view(torch.int32).sum().item()
-                            for weights in network.state_dict().values()])  # fmt: skip
-        if sums != [sums[0]] * self.world:
-            raise UsageError("the weights of the ranks differ")
+        """Stops if weights or random numbers of the ranks are not the same, to the bit."""
+        tensors = [torch.get_rng_state(), *network.state_dict().values()]
+        sums = self.gather([zlib.crc32(tensor.cpu().numpy().tobytes()) for tensor in tensors])
+        for theirs in sums:
+            if theirs != sums[0]:
+                what = "random numbers" if theirs[1:] == sums[0][1:] else "weights"
+                raise UsageError(f"the {what} of the ranks differ")
 
     def find_run(self, folder: str | None) -> str | None:
-        """After a restart by torchrun: the folder of the run that is to be resumed."""
-        if self.store is not None and self.store.check([self.run]):
-            return self.store.get(self.run).decode()
+        """The folder of this run, if ranks before a restart began it; otherwise `folder`."""
+        if self.store is not None and self.store.check([self.key]):
+            return self.store.get(self.key).decode()
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if self.rank == 0 and restarts > 0 and folder is None:
+            print("Warning: no run to go on with is known: it begins again.", file=sys.stderr)
         return folder
 
     def begin(self, run: "Run", *parts: nn.Module | torch.optim.Optimizer) -> None:
         """All ranks begin where rank 0 does: with its weights, optimizer and random state."""
         if self.rank == 0 and self.store is not None:
-            self.store.set(self.run, str(run.folder))
+            self.store.set(self.key, str(run.folder))
         state = [torch.get_rng_state(), *(part.state_dict() for part in parts)]
         random_state, *states = self.broadcast(state)
         torch.set_rng_state(random_state)
         for part, state in zip(parts, states):
             if self.rank > 0:
                 part.load_state_dict(state)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks that share the cores
-        torch.set_num_threads(run.args.num_threads or max(1, os.cpu_count() // local))
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # of this rank
+        cores = min(self.gather(cores))  # the number of threads changes the rounding
+        torch.set_num_threads(run.args.num_threads or cores)
         if signal.getsignal(signal.SIGINT) == run.interrupt:
             signal.signal(signal.SIGINT, self.interrupt)
-        self.interrupted, run.interrupted = run.interrupted, False
+        self.interrupted |= run.interrupted
+        run.interrupted = False
 
     def interrupt(self, *_: object) -> None:
-        """Ctrl-C ends all ranks after the same iteration; a second one at once."""
+        """Ctrl-C ends all ranks after the same iteration, for which torchrun gives them 30 s."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def leave(self) -> None:
+        """Called by Envs.close, before the last evaluation: nobody waits for rank 0."""
         if self.store is not None:
             distributed.destroy_process_group()
             self.store = None
@@ -943,6 +961,7 @@ class Envs:
         longest = max(len(state["actions"]) for state in states)
         for state in states:
             missing = longest - len(state["actions"])
+            # In front of a game's own seed, where they have no effect.
             state["actions"] = np.pad(state["actions"], ((missing, 0), (0, 0))).T
             state["since"] = state["since"] + missing
         joined = {name: np.concatenate([state[name] for state in states]) for name in states[0]}
@@ -1157,6 +1176,7 @@ class Follower(Run):
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.backends.cudnn.deterministic = True
             if args.compile:
+                torch.compiler.reset()  # what other runs of this process have compiled
                 torch._dynamo.config.trace_autograd_ops = True  # for loss.backward()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 with contextlib.suppress(ValueError):  # not in the main thread

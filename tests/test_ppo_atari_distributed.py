@@ -119,7 +119,7 @@ def test_the_ranks_together_make_the_update_of_ppo_atari(world, flags):
     optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
     expected = ppo_atari.update(table, optimizer, ppo_atari.Batch(*whole), args)
     if args.norm_adv:
-        whole = whole._replace(advantages=script.normalize(whole.advantages))
+        whole = whole._replace(advantages=script.standardize(whole.advantages))
 
     def run(ranks):
         ours, mine = Table(), ranks.share(12)
@@ -136,7 +136,7 @@ def test_the_ranks_together_make_the_update_of_ppo_atari(world, flags):
 
 
 def test_equal_advantages_have_no_deviation_to_divide_by():
-    assert not script.normalize(torch.ones(3, 4)).any()
+    assert not script.standardize(torch.ones(3, 4)).any()
 
 
 def one_of(world, rank):
@@ -471,15 +471,26 @@ def test_the_same_flags_are_the_same_training_on_one_two_and_four_ranks(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("old, new", [
-    ("distributed.all_reduce(flat)", "pass"),
-    ("flat / self.world", "flat / self.world + 1e-4 * self.rank"),
+@pytest.mark.parametrize("what, old, new", [
+    ("weights", "distributed.all_reduce(flat)", "pass"),
+    ("weights", "flat / self.world", "flat / self.world + 1e-4 * self.rank"),
+    ("random numbers", "for _ in range(args.update_epochs):",
+     "torch.rand(ranks.rank)\n    for _ in range(args.update_epochs):"),
 ])  # fmt: skip
-def test_ranks_whose_weights_differ_are_found_if_a_flag_asks_for_it(bench, old, new):
+def test_ranks_that_differ_are_found_if_a_flag_asks_for_it(bench, what, old, new):
     edit(bench, old, new)
     ended = bench.run(f"2 {GAME}")
-    assert ended.code == 2 and "the weights of the ranks differ" in ended.err, ended
+    assert ended.code == 2 and f"the {what} of the ranks differ" in ended.err, ended
     assert bench.run(f"2 {GAME} --no-check-ranks").code == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps"])
+def test_devices_that_ranks_cannot_have_are_refused(monkeypatch, device):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "5"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    with pytest.raises(script.UsageError, match="GPU of its own" if device == "cuda" else "device"):
+        script.Ranks(script.Args(device=device))
 
 
 @pytest.mark.slow
@@ -592,7 +603,10 @@ def test_whichever_rank_is_killed_torchrun_ends_with_the_same_weights(bench):
 def test_ctrl_c_saves_and_what_is_printed_goes_on(bench):
     flags = GAME.replace("--total-timesteps 192", "--total-timesteps 960")
     run = Torchrun(bench, flags)
-    folder = run.begins()
+    folder, deadline = run.begins(), time.monotonic() + 60
+    while not (bench.folder / folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
     run.process.send_signal(signal.SIGINT)
     _, err = run.process.communicate(timeout=60)
     saved = state(bench.folder / folder)["envs"]["steps"]
