@@ -33,9 +33,9 @@ Shapes   N environments; B transitions of a batch; O numbers of an observation; 
 Run      python td3_continuous.py
          python td3_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 \
              --learning-rate 3e-4 --learning-starts 25000 --compile    (needs gymnasium[mujoco])
-Expect   Return of the policy without noise over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
-         had other work, too:
+Expect   Return of the policy without noise over 100 episodes, mean over seeds 1 to 10 (worst to
+         best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
+         that had other work, too:
              Pendulum-v1     -151.9 (-163.4 to -142.4)   20k steps, 289 s
 """
 
