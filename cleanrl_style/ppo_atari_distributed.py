@@ -42,7 +42,12 @@ Run      python ppo_atari_distributed.py
          each (if one is lost, type it on both again, with --resume RUN):
          torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
              --max-restarts 3 ppo_atari_distributed.py --runs-dir SHARED
-Expect   To be measured.
+Expect   Pong, 10 games after training, actions sampled, mean over seeds 1 and 2 (worst to best), by
+         two ranks with a thread each on two cores that had other work, too:
+             19.0 (18.1 to 19.9)   602k steps   18 min
+         with --env-id ALE/Pong-v5 --total-timesteps 600000 --num-envs 32 --num-minibatches 8
+         --update-epochs 3 --learning-rate 5e-4 --no-anneal-lr --clip-coef 0.2 --no-clip-vloss
+         --norm-obs
 """
 
 import contextlib
