@@ -974,8 +974,9 @@ class Envs:
 
     def load_state_dict(self, state: dict | None) -> None:
         """Rank 0 has the state of all games, and hands them out."""
-        if self.ranks.rank == 0 and len(state["obs"]) != self.total:
-            raise ValueError(f"there were {len(state['obs'])} games, {self.total} now")
+        shape = self.total, *self.obs.shape[1:]
+        if self.ranks.rank == 0 and state["obs"].shape != shape:
+            raise ValueError(f"observations were {tuple(state['obs'].shape)}, {shape} now")
         state = self.ranks.broadcast(state)
         self.steps, mine = int(state["steps"]), self.ranks.share(self.total)
         for name in self.COLUMNS:

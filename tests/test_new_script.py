@@ -19,7 +19,7 @@ def test_a_script_and_its_test_file_are_enough(tmp_path):
         copy = tree / path.replace(old, new)
         copy.write_text((tree / path).read_text().replace(old, new))
     subprocess.run([sys.executable, "tests/benchmarks/plot.py"], cwd=tree, check=True)
-    tests = "test_conventions or test_help or test_another_seed"
+    tests = f"test_conventions or {new} and (test_help or test_another_seed)"
     command = [
         "-m",
         "pytest",

@@ -285,14 +285,6 @@ def test_the_games_of_the_ranks_are_those_of_one_and_any_number_goes_on(
         opened.close()
 
 
-def test_another_number_of_games_is_refused():
-    args = script.Args(env_id="PixelDiary-v0", num_envs=2)
-    envs = script.Envs(args, 2, script.TRAINING)
-    saved = envs.state_dict()
-    with pytest.raises(ValueError, match="2 games, 4 now"):
-        script.Envs(args, 4, script.TRAINING).load_state_dict(saved)
-
-
 # ---- The loop ------------------------------------------------------------------------------------
 
 
