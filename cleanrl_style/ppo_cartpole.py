@@ -927,7 +927,7 @@ def main() -> None:
             print(folder)
     except UsageError as error:
         message = " ".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"{SCRIPT}:", *message.split(), file=sys.stderr)
+        sys.stderr.write(" ".join([f"{SCRIPT}:", *message.split()]) + "\n")  # whole, among others
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"{SCRIPT}: interrupted", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
