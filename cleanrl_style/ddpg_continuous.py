@@ -33,8 +33,10 @@ Shapes   N environments; B transitions of a batch; O numbers of an observation; 
 Run      python ddpg_continuous.py
          python ddpg_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 \
              --learning-rate 3e-4 --learning-starts 25000 --compile    (needs gymnasium[mujoco])
-Expect   Return of the policy without noise over 100 episodes:
-             Pendulum-v1     not yet recorded    20k steps
+Expect   Return of the policy without noise over 100 episodes, mean over seeds 1 to 10 (worst to
+         best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
+         that had other work, too:
+             Pendulum-v1     -149.4 (-161.3 to -140.6)   20k steps, 152 s
 """
 
 import contextlib
