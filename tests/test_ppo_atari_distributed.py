@@ -578,7 +578,13 @@ def test_whichever_rank_is_killed_torchrun_ends_with_the_same_weights(bench):
     expected = bench.train(f"2 {flags}")
     run = Torchrun(bench, flags)
     folder = run.begins()
-    time.sleep(random.uniform(0, 1))
+    checkpoint, deadline = bench.folder / folder / "checkpoint.pt", time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        pass
+    first = checkpoint.stat().st_mtime_ns  # killed before the next, it might begin in a new folder
+    while checkpoint.stat().st_mtime_ns == first and time.monotonic() < deadline:
+        pass
+    time.sleep(random.uniform(0, 0.5))
     run.kill(1)
     for rank in (0, 1):
         assert run.begins() == folder
