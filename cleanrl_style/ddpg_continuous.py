@@ -58,11 +58,12 @@ from dataclasses import asdict, dataclass, make_dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from filelock import FileLock
 from PIL import Image
@@ -109,6 +110,7 @@ class Args:
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the products of hidden layers
     compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
@@ -143,11 +145,20 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return env
 
 
-def mlp(inputs: int, hidden_size: int, outputs: int) -> nn.Sequential:
-    """A network with two hidden layers."""
+class Bfloat16Linear(nn.Linear):
+    """A linear layer that rounds inputs and weights to bfloat16 (2 digits) to multiply them."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, in_features) -> (B, out_features), both float32."""
+        return F.linear(inputs.bfloat16(), self.weight.bfloat16()).float() + self.bias
+
+
+def mlp(inputs: int, hidden_size: int, outputs: int, bfloat16: bool = False) -> nn.Sequential:
+    """A network with two hidden layers. Nearly all of its work is the product between them."""
+    linear = Bfloat16Linear if bfloat16 else nn.Linear
     return nn.Sequential(
         nn.Linear(inputs, hidden_size), nn.ReLU(),
-        nn.Linear(hidden_size, hidden_size), nn.ReLU(),
+        linear(hidden_size, hidden_size), nn.ReLU(),
         nn.Linear(hidden_size, outputs),
     )  # fmt: skip
 
@@ -155,9 +166,11 @@ def mlp(inputs: int, hidden_size: int, outputs: int) -> nn.Sequential:
 class Critic(nn.Module):
     """Q: a Q-network, which sees actions in (-1, 1)."""
 
-    def __init__(self, obs_size: int, action_size: int, hidden_size: int) -> None:
+    def __init__(
+        self, obs_size: int, action_size: int, hidden_size: int, bfloat16: bool = False
+    ) -> None:
         super().__init__()
-        self.network = mlp(obs_size + action_size, hidden_size, 1)
+        self.network = mlp(obs_size + action_size, hidden_size, 1, bfloat16)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Observations (B, O) and actions (B, K) -> Q(s, a) (B,)."""
@@ -168,12 +181,15 @@ class Critic(nn.Module):
 class Agent(nn.Module):
     """pi(s) and its critic. Actions in (-1, 1) are scaled to low and high (K,)."""
 
-    def __init__(self, obs_size: int, low: np.ndarray, high: np.ndarray, hidden_size: int) -> None:
+    def __init__(
+        self, obs_size: int, low: np.ndarray, high: np.ndarray, hidden_size: int,
+        bfloat16: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("low", torch.tensor(low))
         self.register_buffer("high", torch.tensor(high))
-        self.actor = mlp(obs_size, hidden_size, len(low))
-        self.critic = Critic(obs_size, len(low), hidden_size)
+        self.actor = mlp(obs_size, hidden_size, len(low), bfloat16)
+        self.critic = Critic(obs_size, len(low), hidden_size, bfloat16)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (B, O) -> actions (B, K)."""
@@ -183,7 +199,8 @@ class Agent(nn.Module):
 def make_network(args: Args, envs: "Envs") -> Agent:
     """A policy with its critic for these environments, with the bounds of their actions."""
     low, high = envs.action_space.low, envs.action_space.high
-    return Agent(envs.obs.shape[1], low, high, args.hidden_size)
+    bfloat16 = args.precision == "bfloat16"
+    return Agent(envs.obs.shape[1], low, high, args.hidden_size, bfloat16)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------

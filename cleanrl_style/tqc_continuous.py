@@ -68,7 +68,7 @@ from dataclasses import asdict, dataclass, make_dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -125,6 +125,7 @@ class Args:
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the products of hidden layers
     compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
@@ -161,11 +162,20 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return env
 
 
-def mlp(inputs: int, hidden_size: int, outputs: int) -> nn.Sequential:
-    """A network with two hidden layers."""
+class Bfloat16Linear(nn.Linear):
+    """A linear layer that rounds inputs and weights to bfloat16 (2 digits) to multiply them."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, in_features) -> (B, out_features), both float32."""
+        return F.linear(inputs.bfloat16(), self.weight.bfloat16()).float() + self.bias
+
+
+def mlp(inputs: int, hidden_size: int, outputs: int, bfloat16: bool = False) -> nn.Sequential:
+    """A network with two hidden layers. Nearly all of its work is the product between them."""
+    linear = Bfloat16Linear if bfloat16 else nn.Linear
     return nn.Sequential(
         nn.Linear(inputs, hidden_size), nn.ReLU(),
-        nn.Linear(hidden_size, hidden_size), nn.ReLU(),
+        linear(hidden_size, hidden_size), nn.ReLU(),
         nn.Linear(hidden_size, outputs),
     )  # fmt: skip
 
@@ -176,7 +186,8 @@ class Critics(nn.Module):
     def __init__(self, obs_size: int, action_size: int, args: Args) -> None:
         super().__init__()
         sizes = obs_size + action_size, args.hidden_size, args.num_quantiles
-        self.networks = nn.ModuleList(mlp(*sizes) for _ in range(args.num_critics))
+        bfloat16 = args.precision == "bfloat16"
+        self.networks = nn.ModuleList(mlp(*sizes, bfloat16) for _ in range(args.num_critics))
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Observations (B, O) and actions (B, K) -> quantiles theta (B, C, M)."""
@@ -195,7 +206,8 @@ class Agent(nn.Module):
         super().__init__()
         self.register_buffer("low", torch.tensor(low))
         self.register_buffer("high", torch.tensor(high))
-        self.actor = mlp(obs_size, args.hidden_size, 2 * len(low))
+        sizes = obs_size, args.hidden_size, 2 * len(low)
+        self.actor = mlp(*sizes, args.precision == "bfloat16")
         self.critics = Critics(obs_size, len(low), args)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
 
