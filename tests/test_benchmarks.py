@@ -112,18 +112,58 @@ def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeyp
         assert value == pytest.approx(events.Scalars("eval/episodic_return")[-1].value, rel=1e-5)
 
 
-def test_next_is_the_first_line_of_the_queue_without_a_record(tmp_path, monkeypatch):
+def test_kept_seeds_are_not_trained_again(tmp_path, monkeypatch):
+    """Elsewhere, where their runs are not: the record has them, and what was run where."""
+    monkeypatch.setattr(learn, "HERE", tmp_path)
+    arguments = "reinforce_cartpole --total-timesteps 3000 --num-envs 2 --seeds".split()
+    path = tmp_path / "results/reinforce_cartpole__CartPole-v1.csv"
+
+    def record(*more):
+        learn.main([*arguments, *more])
+        return learn.read_csv(path)
+
+    for machine in ("first", "second"):
+        (tmp_path / machine).mkdir()
+        monkeypatch.chdir(tmp_path / machine)
+        monkeypatch.setattr(learn, "processor", lambda name=machine: name)
+        head, rows = record("1-2", "--keep") if machine == "second" else record("2-2")
+    found = [row["seed"] for row in rows]
+    assert head["seeds"] == "1-2" and set(found) == {"1", "2"} and found == sorted(found)
+    assert re.fullmatch(r"first, .* \(at first\); second, .* \(seeds 1\)", head["machine"])
+    trained = [path.name for path in tmp_path.glob("*/runs/learn/*/*")]
+    assert sorted(trained) == ["1", "2"]
+    before = path.read_text()
+    assert record("1-2", "--keep") == (head, rows) and path.read_text() == before
+    monkeypatch.chdir(tmp_path / "first")
+    new_head, new_rows = record("1-2")  # without the flag, on the same seeds
+    assert new_head["machine"].startswith("second, ") and "(" not in new_head["machine"]
+    assert new_rows == rows
+    learn.main([*arguments, "1-2", "--keep", "--gamma", "0.9"])  # another command keeps nothing
+    assert learn.read_csv(path)[0]["machine"] == new_head["machine"]
+
+
+def test_next_is_the_first_line_of_the_queue_whose_record_lacks_seeds(tmp_path, monkeypatch):
     queue = tmp_path / "queue.txt"
-    lines = ["# a comment", "a --name X", "", "a --name Y --env-id ALE/Pong-v5  # b", "a --name Z"]
+    lines = ["# comment", "a --name X", "", "a --name Y --seeds 2-4 --env-id ALE/Pong-v5 # b", "a"]
     queue.write_text("\n".join(lines))
     monkeypatch.setattr(learn, "HERE", tmp_path)
     monkeypatch.setattr(learn, "QUEUE", queue)
     monkeypatch.setattr(learn, "default_environment", lambda script: "CartPole-v1")
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results/a__X.csv").touch()
-    assert learn.next_in_queue() == ["a", "--name", "Y", "--env-id", "ALE/Pong-v5"]
-    for name in "YZ":
-        (tmp_path / f"results/a__{name}.csv").touch()
+
+    def write(name, seeds, flags=""):
+        head = {"command": f"python cleanrl_style/a.py {flags}--seed SEED"}
+        rows = [["seed", "step", "return", "kind"], *([seed, 1, 1, "eval"] for seed in seeds)]
+        learn.write_csv(tmp_path / f"results/a__{name}.csv", head, rows)
+
+    write("X", range(1, 21))
+    second = "a --name Y --seeds 2-4 --env-id ALE/Pong-v5 --keep".split()
+    assert learn.next_in_queue() == second
+    for seeds, flags in ([2, 3], "--env-id ALE/Pong-v5 "), ([2, 3, 4], ""):  # of another command
+        write("Y", seeds, flags)
+        assert learn.next_in_queue() == second
+    write("Y", [2, 3, 4, 5], "--env-id ALE/Pong-v5 ")
+    assert learn.next_in_queue() == ["a", "--keep"]
+    write("CartPole-v1", range(1, 21))
     assert learn.next_in_queue() is None
 
 

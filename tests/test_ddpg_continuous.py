@@ -4,13 +4,22 @@ What sac_continuous.py has word for word, as the replay buffer, is tested there.
 """
 
 import math
+from types import SimpleNamespace
 
+import ddpg_continuous as script
 import gymnasium as gym
 import numpy as np
 import pytest
-import ddpg_continuous as script
 import torch
-from diary import Diary, Pays, check_episodes, check_settings, recorded, side_by_side, train
+from diary import (
+    Diary,
+    Pays,
+    check_episodes,
+    check_settings,
+    recorded,
+    side_by_side,
+    train,
+)
 from gymnasium.spaces import Box
 from torch import nn
 
@@ -24,6 +33,7 @@ OWN_FLAGS = "--total-timesteps 3000 --hidden-size 32 --batch-size 64"
 WRONG_SPACES = ["CartPole-v1", "cases:HugeBounds-v0"]
 DIVERGES = "--learning-rate 1e30"
 BAD = [
+    ("--precision float16", "--precision"),
     ("--learning-starts 128", "--batch-size"),
     ("--buffer-size 999", "--learning-starts"),
     ("--total-timesteps 1000", "--learning-starts"),
@@ -114,6 +124,18 @@ def test_hidden_size_is_the_width_of_both_layers_of_two_networks():
         assert shapes == [(8, inputs), (8,), (8, 8), (8,), (outputs, 8), (outputs,)]
         assert sum(isinstance(part, nn.ReLU) for part in network) == 2
     assert agent.critic(torch.randn(7, 3), torch.randn(7, 2)).shape == (7,)
+
+
+def test_bfloat16_is_for_the_product_between_the_hidden_layers_only():
+    box, found = Box(-1, 1, (2,)), {}
+    envs = SimpleNamespace(action_space=box, obs=np.zeros((1, 3), np.float32))
+    for precision in ("float32", "bfloat16"):
+        agent = script.make_network(script.Args(precision=precision), envs)
+        parts = dict(agent.named_modules()).items()
+        found[precision] = {name for name, part in parts if isinstance(part, script.Bfloat16Linear)}
+        assert {weight.dtype for weight in agent.parameters()} == {torch.float32}
+    expected = {"actor.2", "critic.network.2"}
+    assert found == {"float32": set(), "bfloat16": expected}
 
 
 # ---- The target ----------------------------------------------------------------------------------

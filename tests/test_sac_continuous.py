@@ -1,6 +1,7 @@
 """The mathematics of sac_continuous.py: by hand, by integration, against torch.distributions."""
 
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -23,6 +24,7 @@ OWN_FLAGS = "--total-timesteps 3000 --hidden-size 32 --batch-size 64"
 WRONG_SPACES = ["CartPole-v1", "cases:HugeBounds-v0"]
 DIVERGES = "--learning-rate 1e30"
 BAD = [
+    ("--precision float16", "--precision"),
     ("--learning-starts 128", "--batch-size"),
     ("--buffer-size 999", "--learning-starts"),
     ("--total-timesteps 1000", "--learning-starts"),
@@ -194,6 +196,41 @@ def test_hidden_size_is_the_width_of_both_layers_of_three_networks():
         assert sum(isinstance(part, nn.ReLU) for part in network) == 2
     q_values = agent.critics(torch.randn(7, 3), torch.randn(7, 2))
     assert q_values.shape == (2, 7) and (q_values[0] != q_values[1]).all()
+
+
+def test_bfloat16_is_for_the_product_between_the_hidden_layers_only():
+    box, found = Box(-1, 1, (2,)), {}
+    envs = SimpleNamespace(action_space=box, obs=np.zeros((1, 3), np.float32))
+    for precision in ("float32", "bfloat16"):
+        agent = script.make_network(script.Args(precision=precision), envs)
+        parts = dict(agent.named_modules()).items()
+        found[precision] = {name for name, part in parts if isinstance(part, script.Bfloat16Linear)}
+        assert {weight.dtype for weight in agent.parameters()} == {torch.float32}
+    expected = {"actor.2", "critics.networks.0.2", "critics.networks.1.2"}
+    assert found == {"float32": set(), "bfloat16": expected}
+
+
+def test_product_in_bfloat16():
+    """It has 8 bits: the rounded factors are multiplied exactly, and the product is rounded."""
+    layer, inputs = script.Bfloat16Linear(64, 32), torch.randn(16, 64, requires_grad=True)
+    layer.bias.data.fill_(1000.0)  # is added with all its bits
+    weight, gradient = layer.weight, torch.randn(16, 32)
+    outputs = layer(inputs)
+    outputs.backward(gradient)
+
+    def rounded(tensor):
+        return tensor.detach().bfloat16().double()
+
+    products = [
+        (rounded(inputs) @ rounded(weight).T, outputs.detach() - 1000),
+        (rounded(gradient) @ rounded(weight), inputs.grad),
+        (rounded(gradient).T @ rounded(inputs), weight.grad),
+    ]
+    for exact, found in products:
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=2e-4)
+    torch.testing.assert_close(layer.bias.grad, gradient.sum(0))
+    assert not torch.equal(outputs, nn.functional.linear(inputs, weight, layer.bias))
 
 
 # ---- Bounds --------------------------------------------------------------------------------------

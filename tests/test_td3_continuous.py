@@ -4,6 +4,7 @@ What sac_continuous.py has word for word, as the replay buffer, is tested there.
 """
 
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +26,7 @@ OWN_FLAGS = "--total-timesteps 3000 --hidden-size 32 --batch-size 64"
 WRONG_SPACES = ["CartPole-v1", "cases:HugeBounds-v0"]
 DIVERGES = "--learning-rate 1e30"
 BAD = [
+    ("--precision float16", "--precision"),
     ("--learning-starts 128", "--batch-size"),
     ("--buffer-size 999", "--learning-starts"),
     ("--total-timesteps 1000", "--learning-starts"),
@@ -132,6 +134,18 @@ def test_hidden_size_is_the_width_of_both_layers_of_three_networks():
         assert sum(isinstance(part, nn.ReLU) for part in network) == 2
     q_values = agent.critics(torch.randn(7, 3), torch.randn(7, 2))
     assert q_values.shape == (2, 7) and (q_values[0] != q_values[1]).all()
+
+
+def test_bfloat16_is_for_the_product_between_the_hidden_layers_only():
+    box, found = Box(-1, 1, (2,)), {}
+    envs = SimpleNamespace(action_space=box, obs=np.zeros((1, 3), np.float32))
+    for precision in ("float32", "bfloat16"):
+        agent = script.make_network(script.Args(precision=precision), envs)
+        parts = dict(agent.named_modules()).items()
+        found[precision] = {name for name, part in parts if isinstance(part, script.Bfloat16Linear)}
+        assert {weight.dtype for weight in agent.parameters()} == {torch.float32}
+    expected = {"actor.2", "critics.networks.0.2", "critics.networks.1.2"}
+    assert found == {"float32": set(), "bfloat16": expected}
 
 
 # ---- The target ----------------------------------------------------------------------------------

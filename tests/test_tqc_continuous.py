@@ -1,6 +1,7 @@
 """The mathematics of tqc_continuous.py: by hand, by integration, against torch.distributions."""
 
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -23,6 +24,7 @@ OWN_FLAGS = "--total-timesteps 3000 --hidden-size 32 --batch-size 64 --num-criti
 WRONG_SPACES = ["CartPole-v1", "cases:HugeBounds-v0"]
 DIVERGES = "--learning-rate 1e30"
 BAD = [
+    ("--precision float16", "--precision"),
     ("--learning-starts 128", "--batch-size"),
     ("--buffer-size 999", "--learning-starts"),
     ("--total-timesteps 1000", "--learning-starts"),
@@ -199,6 +201,18 @@ def test_settings_are_the_sizes_of_the_networks():
     assert quantiles.shape == (6, 4, 7) and len(quantiles.unique()) == 6 * 4 * 7
     third = agent.critics.networks[2](torch.cat([obs, actions], 1))
     torch.testing.assert_close(quantiles[:, 2], third)
+
+
+def test_bfloat16_is_for_the_product_between_the_hidden_layers_only():
+    box, found = Box(-1, 1, (2,)), {}
+    envs = SimpleNamespace(action_space=box, obs=np.zeros((1, 3), np.float32))
+    for precision in ("float32", "bfloat16"):
+        agent = script.make_network(script.Args(precision=precision), envs)
+        parts = dict(agent.named_modules()).items()
+        found[precision] = {name for name, part in parts if isinstance(part, script.Bfloat16Linear)}
+        assert {weight.dtype for weight in agent.parameters()} == {torch.float32}
+    expected = {"actor.2", *(f"critics.networks.{k}.2" for k in range(5))}
+    assert found == {"float32": set(), "bfloat16": expected}
 
 
 # ---- Bounds --------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 
 SCRIPT is a file's name without .py. Flags that this file does not know go to the script. Finished
 seeds are kept in runs/, so a call that was stopped goes on where it was: give the same command
-again. --next runs the first line of queue.txt, beside this file, whose record does not exist yet.
+again. --keep trains only the seeds that the record of the same command lacks. --next does so for
+the first line of queue.txt, beside this file, whose record lacks seeds.
 
     python tests/benchmarks/learn.py SCRIPT --jobs 8 --ray
     python tests/benchmarks/learn.py SCRIPT --jobs 64 --ray-address auto
@@ -238,6 +239,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], Path]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("script", help="its file name without .py")
     parser.add_argument("--seeds", type=seeds, default=seeds("1-20"), help="first-last")
+    parser.add_argument("--keep", action="store_true", help="the seeds that the record has")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--ray", action="store_true", help="on workers of Ray, on this machine")
     parser.add_argument("--ray-address", help="or of a cluster that exists: auto, or host:port")
@@ -252,12 +254,28 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], Path]:
 
 
 def next_in_queue() -> list[str] | None:
-    """The arguments on the first line of queue.txt whose record does not exist yet."""
+    """The arguments on the first line of queue.txt whose record lacks seeds."""
     for line in QUEUE.read_text().splitlines():
         arguments = shlex.split(line, comments=True)
-        if arguments and not parse(arguments)[2].exists():
-            return arguments
+        if arguments:
+            ours, flags, record = parse(arguments)
+            if set(ours.seeds) - set(recorded(ours, flags, record)):
+                return [*arguments, "--keep"]
     return None
+
+
+def command_of(ours: argparse.Namespace, flags: list[str]) -> str:
+    return shlex.join(["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed", "SEED"])
+
+
+def recorded(ours: argparse.Namespace, flags: list[str], record: Path) -> dict[int, list[list]]:
+    """The rows, by their seed, that the record of this command has."""
+    head, rows = read_csv(record) if record.exists() else ({}, [])
+    found = {}
+    if head.get("command") == command_of(ours, flags):
+        for row in rows:
+            found.setdefault(int(row["seed"]), []).append(list(row.values()))
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -272,6 +290,10 @@ def main(arguments: list[str]) -> None:
     if len({row["seed"] for row in rows}) > len(ours.seeds):
         sys.exit(f"{record} has more seeds: remove it first, or give another --name")
     runs = Path("runs") / "learn" / record.stem
+    kept = recorded(ours, flags, record) if ours.keep else {}
+    ours.seeds, wanted = [seed for seed in ours.seeds if seed not in kept], ours.seeds
+    if not ours.seeds:
+        return print(record)
     try:
         if ours.ray or ours.ray_address:
             results = run_on_ray(ours, flags, runs)
@@ -289,12 +311,10 @@ def main(arguments: list[str]) -> None:
     if ours.ray_address:
         machine = f"a cluster of Ray, up to {at_a_time}"
     head = {
-        "command": shlex.join(
-            ["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed", "SEED"]
-        ),
+        "command": command_of(ours, flags),
         "variant": ours.variant or old.get("variant"),
         "note": old.get("note"),
-        "seeds": f"{ours.seeds[0]}-{ours.seeds[-1]}",
+        "seeds": f"{wanted[0]}-{wanted[-1]}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine,
         "versions": f"Python {platform.python_version()}, " + ", ".join(packages),
@@ -303,7 +323,12 @@ def main(arguments: list[str]) -> None:
     }
     if ours.solved is not None:
         head["solved"] = f"the mean of 20 training episodes is {ours.solved:g} or more"
-    rows = [["seed", "step", "return", "kind"]]
+    if kept:
+        for key in ("date", "machine", "versions", "wall time"):
+            if head[key] != old[key]:
+                new = ", ".join(map(str, ours.seeds))
+                head[key] = f"{old[key]} (at first); {head[key]} (seeds {new})"
+    rows = [row for seed in kept for row in kept[seed]]
     for seed, (run_dir, _) in zip(ours.seeds, results):
         events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         points, (step, value) = curve(events)
@@ -313,6 +338,7 @@ def main(arguments: list[str]) -> None:
         rows.append([seed, step, f"{np.mean(last):.6g}", "last20"])
         if ours.solved is not None and (reached := solved(events, clock(run_dir), ours.solved)):
             rows.append([seed, reached[0], f"{reached[1]:.2f}", "solved"])
+    rows = [["seed", "step", "return", "kind"], *sorted(rows, key=lambda row: int(row[0]))]
     write_csv(record, {key: value for key, value in head.items() if value}, rows)
     print(record)
 
