@@ -70,10 +70,11 @@ def test_solved_is_the_first_time_that_20_games_in_a_row_are_good(resumed_run):
 
 def test_a_curve_is_the_mean_of_each_of_its_parts(resumed_run):
     with SummaryWriter(resumed_run, filename_suffix=".evaluation") as writer:
-        writer.add_scalar("eval/episodic_return", 7, 3_000)
+        for step, value in (1_500, 4), (3_000, 7):
+            writer.add_scalar("eval/episodic_return", value, step)
     events = EventAccumulator(str(resumed_run), size_guidance={"scalars": 0}).Reload()
-    points, evaluation = learn.curve(events)
-    assert evaluation == (3_000, 7)
+    points, evaluations = learn.curve(events)
+    assert evaluations == [(1_500, 4), (3_000, 7)]
     assert points == [
         (60 * -(-step // 60), 0 if step <= 1_000 else 10) for step in range(100, 3_001, 100)
     ]
@@ -85,7 +86,7 @@ def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeyp
     monkeypatch.setattr(learn, "HERE", tmp_path)
     monkeypatch.setattr(plot, "RESULTS", tmp_path / "results")
     flags = ["--seeds", "3-4", "--solved", "1", "--total-timesteps", "3000"]
-    arguments = ["reinforce_cartpole", *flags, "--num-envs", "2"]
+    arguments = ["reinforce_cartpole", *flags, "--num-envs", "2", "--eval-frequency", "2000"]
     learn.main([*arguments, "--variant", "quick"])
     (path,) = (tmp_path / "results").iterdir()
     first = path.read_text().replace("# seeds:", "# note: by hand\n# seeds:")
@@ -96,7 +97,7 @@ def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeyp
     head = record.head
     assert head["command"] == (
         "python cleanrl_style/reinforce_cartpole.py "
-        "--total-timesteps 3000 --num-envs 2 --seed SEED"
+        "--total-timesteps 3000 --num-envs 2 --eval-frequency 2000 --seed SEED"
     )
     assert head["seeds"] == "3-4" and "torch" in head["versions"] and "median" in head["wall time"]
     assert (record.script, record.env_id) == ("reinforce_cartpole", "CartPole-v1")
@@ -104,7 +105,7 @@ def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeyp
     assert set(record.curves) == set(record.evaluations) == {3, 4} and record.steps >= 3000
     assert all(points[-1][0] >= 3000 for points in record.curves.values())
     kinds = [row["kind"] for row in plot.read_csv(path)[1] if row["kind"] != "train"]
-    assert kinds == ["eval", "last20", "solved"] * 2
+    assert kinds == ["eval", "eval", "last20", "solved"] * 2
     runs = tmp_path / "runs/learn/reinforce_cartpole__CartPole-v1"
     for seed, value in record.evaluations.items():
         folder = next((runs / str(seed)).glob("*/"))

@@ -22,9 +22,9 @@ The record is results/<script>__<env-id>.csv. Other settings for the same enviro
 was run, where and on which versions. A line `# note: ...` may be added by hand: it is shown on the
 page of results, and kept when the seeds are recorded again, as is `# variant: ...`.
 
-Then one row per point: seed, step, return. The training return is the mean over 50 equal parts of
-the run. Two rows per seed are at the final step: "eval", and "last20", the mean of the last 20
-training episodes (the oldest records lack it). With --solved LEVEL there is a row "solved": the
+Then one row per point: seed, step, return. "train", the training return, is the mean over each of
+50 equal parts of the run. "eval" is an evaluation; each seed has one at the final step, and at that
+step "last20", the mean of the last 20 training episodes (the oldest records lack it). With --solved LEVEL there is a row "solved": the
 step at which the mean of 20 training episodes in a row first reached LEVEL, and, as its return,
 the minutes until then.
 """
@@ -198,17 +198,19 @@ def clock(run_dir: str | Path) -> list[tuple[int, float]]:
     return points
 
 
-def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], tuple[int, float]]:
-    """Training returns in POINTS equal parts of the run, and the evaluation: (step, return)."""
-    training = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
-    evaluation = events.Scalars("eval/episodic_return")[-1]
-    edges = np.linspace(0, evaluation.step, POINTS + 1)
+def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """Training returns in POINTS equal parts of the run, and the evaluations: (step, return)."""
+    training, evaluations = (
+        [(event.step, event.value) for event in events.Scalars(f"{part}/episodic_return")]
+        for part in ("charts", "eval")
+    )
+    edges = np.linspace(0, evaluations[-1][0], POINTS + 1)
     points = []
     for low, high in zip(edges, edges[1:]):
         values = [value for step, value in training if low < step <= high]
         if values:
             points.append((round(high), float(np.mean(values))))
-    return points, (evaluation.step, evaluation.value)
+    return points, evaluations
 
 
 def solved(events, times: list[tuple[int, float]], level: float) -> tuple[int, float] | None:
@@ -331,9 +333,9 @@ def main(arguments: list[str]) -> None:
     rows = [row for seed in kept for row in kept[seed]]
     for seed, (run_dir, _) in zip(ours.seeds, results):
         events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-        points, (step, value) = curve(events)
-        rows += [[seed, s, f"{v:.6g}", "train"] for s, v in points]
-        rows.append([seed, step, f"{value:.6g}", "eval"])
+        for kind, points in zip(("train", "eval"), curve(events)):
+            rows += [[seed, step, f"{value:.6g}", kind] for step, value in points]
+        step = points[-1][0]
         last = [event.value for event in events.Scalars("charts/episodic_return")[-20:]]
         rows.append([seed, step, f"{np.mean(last):.6g}", "last20"])
         if ours.solved is not None and (reached := solved(events, clock(run_dir), ours.solved)):
