@@ -24,9 +24,9 @@ page of results, and kept when the seeds are recorded again, as is `# variant: .
 
 Then one row per point: seed, step, return. "train", the training return, is the mean over each of
 50 equal parts of the run. "eval" is an evaluation; each seed has one at the final step, and at that
-step "last20", the mean of the last 20 training episodes (the oldest records lack it). With --solved LEVEL there is a row "solved": the
-step at which the mean of 20 training episodes in a row first reached LEVEL, and, as its return,
-the minutes until then.
+step "last20", the mean of the last 20 training episodes (the oldest records lack it). With --solved
+LEVEL there is a row "solved": the step at which the mean of 20 training episodes in a row first
+reached LEVEL, and, as its return, the minutes until then.
 """
 
 import argparse
