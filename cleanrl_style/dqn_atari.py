@@ -189,10 +189,9 @@ class QNetwork(nn.Module):
             nn.Conv2d(STACK, 32, 8, stride=4), nn.ReLU(),  # (B, 32, 20, 20)
             nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),  # (B, 64, 9, 9)
             nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten(),  # (B, 64 * 7 * 7)
-            nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
         )  # fmt: skip
-        self.head = nn.Linear(512, num_actions)
-        for layer in self.features:  # the default initialisation shrinks the signal in every layer
+        self.hidden, self.head = nn.Linear(64 * 7 * 7, 512), nn.Linear(512, num_actions)
+        for layer in [*self.features, self.hidden]:  # the default shrinks the signal in every one
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -203,7 +202,8 @@ class QNetwork(nn.Module):
         pixels = self.normalize(obs)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
             features = self.features(pixels)
-        return self.head(features.float())  # bfloat16 has 2 digits: too few to compare actions
+        features = features.float()  # to round the next weights costs more than their product
+        return self.head(F.relu(self.hidden(features)))
 
     def normalize(self, obs: Tensor) -> Tensor:
         """Frames (B, 4, 84, 84) of uint8 -> what the convolutions see, in their precision."""

@@ -270,9 +270,9 @@ class QNetwork(nn.Module):
         pixels = self.normalize(obs)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
             features = self.features(pixels)
-            hidden = [F.relu(layer(features)) for layer in self.hidden]
-        # bfloat16 has 2 digits: too few to compare actions.
-        outputs = [head(units.float()) for head, units in zip(self.heads, hidden)]
+        features = features.float()  # to round the next weights costs more than their product
+        hidden = [F.relu(layer(features)) for layer in self.hidden]
+        outputs = [head(units) for head, units in zip(self.heads, hidden)]
         advantages = outputs[0].unflatten(1, (-1, len(self.atoms) if self.distributional else 1))
         return dueling(outputs[1], advantages) if len(outputs) == 2 else advantages
 

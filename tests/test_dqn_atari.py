@@ -342,11 +342,15 @@ def test_what_the_network_sees_reaches_its_last_layer():
     for i in range(50):
         obs[i, :, 20 + i : 22 + i, 30 + i // 2] = 236
     network = make_network()
-    ours = network.features(obs / 255).std(0).mean()
-    for layer in network.features:
+
+    def spread():
+        return network.hidden(network.features(obs / 255)).relu().std(0).mean()
+
+    ours = spread()
+    for layer in [*network.features, network.hidden]:
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
-    assert ours > 10 * network.features(obs / 255).std(0).mean()
+    assert ours > 10 * spread()
 
 
 def test_bfloat16_is_float32_within_its_rounding():
