@@ -40,6 +40,7 @@ Expect   Return of the policy without noise over 100 episodes, mean over seeds 1
 """
 
 import contextlib
+import ctypes
 import inspect
 import json
 import math
@@ -110,7 +111,7 @@ class Args:
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cpu"  # cpu, cuda, cuda:1, mps
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the products of hidden layers
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 on CPUs with it
     compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
@@ -196,11 +197,17 @@ class Agent(nn.Module):
         return self.actor(obs).tanh()
 
 
+def use_bfloat16(args: Args) -> bool:
+    """auto: on CPUs with instructions for it."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    automatic = args.precision == "auto" and args.device == "cpu" and supported()
+    return automatic or args.precision == "bfloat16"
+
+
 def make_network(args: Args, envs: "Envs") -> Agent:
     """A policy with its critic for these environments, with the bounds of their actions."""
     low, high = envs.action_space.low, envs.action_space.high
-    bfloat16 = args.precision == "bfloat16"
-    return Agent(envs.obs.shape[1], low, high, args.hidden_size, bfloat16)
+    return Agent(envs.obs.shape[1], low, high, args.hidden_size, use_bfloat16(args))
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -607,6 +614,22 @@ class Envs:
         self.obs = state["obs"].numpy()
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library use the memory of large tensors again, up to 1 GB, if it is glibc.
+
+    By default it gives it back, and the system clears new pages in each gradient step.
+    """
+    with contextlib.suppress(AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 class Run:
     """Folder, log, progress bar and checkpoints of a training."""
 
@@ -618,7 +641,8 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.callback(envs.close)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(args.num_threads or os.cpu_count())
+            torch.set_num_threads(args.num_threads or available_cores())
+            keep_freed_memory()
             torch.backends.cudnn.deterministic = True
             if args.compile:  # fails now, not at the first gradient step
                 with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
@@ -890,7 +914,7 @@ def main() -> None:
         if args.evaluate is None:
             print(train(args).folder)
         else:
-            torch.set_num_threads(args.num_threads or os.cpu_count())
+            torch.set_num_threads(args.num_threads or available_cores())
             folder = checkpoint_path(args.evaluate).parent
             gif = folder / "episode.gif" if args.capture_video else None
             evaluate(args, load_network(args.evaluate, args)[-1], gif)

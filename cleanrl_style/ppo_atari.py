@@ -46,6 +46,7 @@ Expect   10 games after training, actions sampled, mean over seeds 1 to 3 (worst
 """
 
 import contextlib
+import ctypes
 import inspect
 import json
 import math
@@ -117,7 +118,7 @@ class Args:
     max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     sticky_actions: Fraction = 0.0  # probability that the emulator repeats the last action
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CPUs made for it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CPUs with it
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
@@ -723,6 +724,22 @@ class Envs:
             setattr(self, name, state[name].numpy())
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library use the memory of large tensors again, up to 1 GB, if it is glibc.
+
+    By default it gives it back, and the system clears new pages in each gradient step.
+    """
+    with contextlib.suppress(AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 class Run:
     """Folder, log, progress bar and checkpoints of a training."""
 
@@ -734,7 +751,8 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.callback(envs.close)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(args.num_threads or os.cpu_count())
+            torch.set_num_threads(args.num_threads or available_cores())
+            keep_freed_memory()
             torch.backends.cudnn.deterministic = True
             if args.compile:  # fails now, not at the first gradient step
                 with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
@@ -1006,7 +1024,7 @@ def main() -> None:
         if args.evaluate is None:
             print(train(args).folder)
         else:
-            torch.set_num_threads(args.num_threads or os.cpu_count())
+            torch.set_num_threads(args.num_threads or available_cores())
             folder = checkpoint_path(args.evaluate).parent
             gif = folder / "episode.gif" if args.capture_video else None
             evaluate(args, load_network(args.evaluate, args)[-1], gif)

@@ -50,6 +50,7 @@ Expect   Return of the deterministic policy over 100 episodes:
 """
 
 import contextlib
+import ctypes
 import inspect
 import json
 import math
@@ -125,7 +126,7 @@ class Args:
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
     device: str = "cpu"  # cpu, cuda, cuda:1, mps
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the products of hidden layers
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 on CPUs with it
     compile: bool = False  # compile the gradient steps: 10 s at first, pays after a minute
     num_threads: Annotated[int, 0, 1024] = 1  # CPU threads of PyTorch; 0: one per core
     checkpoint_frequency: Frequency = 20_000  # steps between checkpoints; 0: only first and last
@@ -186,7 +187,7 @@ class Critics(nn.Module):
     def __init__(self, obs_size: int, action_size: int, args: Args) -> None:
         super().__init__()
         sizes = obs_size + action_size, args.hidden_size, args.num_quantiles
-        bfloat16 = args.precision == "bfloat16"
+        bfloat16 = use_bfloat16(args)
         self.networks = nn.ModuleList(mlp(*sizes, bfloat16) for _ in range(args.num_critics))
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class Agent(nn.Module):
         self.register_buffer("low", torch.tensor(low))
         self.register_buffer("high", torch.tensor(high))
         sizes = obs_size, args.hidden_size, 2 * len(low)
-        self.actor = mlp(*sizes, args.precision == "bfloat16")
+        self.actor = mlp(*sizes, use_bfloat16(args))
         self.critics = Critics(obs_size, len(low), args)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
 
@@ -215,6 +216,13 @@ class Agent(nn.Module):
         """Observations (B, O) -> means and log standard deviations before tanh, (B, K) each."""
         means, log_std = self.actor(obs).chunk(2, dim=1)
         return means, log_std.clamp(*LOG_STD_BOUNDS)
+
+
+def use_bfloat16(args: Args) -> bool:
+    """auto: on CPUs with instructions for it."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    automatic = args.precision == "auto" and args.device == "cpu" and supported()
+    return automatic or args.precision == "bfloat16"
 
 
 def make_network(args: Args, envs: "Envs") -> Agent:
@@ -306,11 +314,12 @@ def critic_loss(quantiles: Tensor, targets: Tensor) -> Tensor:
     """J_Z, of each critic's quantiles against all targets (section 3.3): mean over the B
     transitions, M quantiles and T targets, sum over the C critics: (B, C, M), (B, T) -> scalar.
 
-    These B * C * M * T pairs take most of a gradient step, unless --compile fuses their arithmetic.
+    A critic has B * M * T pairs. They take most of a gradient step, unless --compile fuses their
+    arithmetic; one critic after another they need less memory.
     """
     num_quantiles = quantiles.shape[2]
     taus = (torch.arange(num_quantiles, device=quantiles.device) + 0.5) / num_quantiles
-    return quantile_huber_loss(quantiles, taus, targets.unsqueeze(1)).mean((0, 2)).sum()
+    return sum(quantile_huber_loss(part, taus, targets).mean() for part in quantiles.unbind(1))
 
 
 def policy_loss(quantiles: Tensor, log_probs: Tensor, alpha: Tensor) -> Tensor:
@@ -711,6 +720,22 @@ class Envs:
         self.obs = state["obs"].numpy()
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library use the memory of large tensors again, up to 1 GB, if it is glibc.
+
+    By default it gives it back, and the system clears new pages in each gradient step.
+    """
+    with contextlib.suppress(AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 class Run:
     """Folder, log, progress bar and checkpoints of a training."""
 
@@ -722,7 +747,8 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.callback(envs.close)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(args.num_threads or os.cpu_count())
+            torch.set_num_threads(args.num_threads or available_cores())
+            keep_freed_memory()
             torch.backends.cudnn.deterministic = True
             if args.compile:  # fails now, not at the first gradient step
                 with as_usage_error("--compile needs PyTorch 2.13 and a C++ compiler", Exception):
@@ -994,7 +1020,7 @@ def main() -> None:
         if args.evaluate is None:
             print(train(args).folder)
         else:
-            torch.set_num_threads(args.num_threads or os.cpu_count())
+            torch.set_num_threads(args.num_threads or available_cores())
             folder = checkpoint_path(args.evaluate).parent
             gif = folder / "episode.gif" if args.capture_video else None
             evaluate(args, load_network(args.evaluate, args)[-1], gif)

@@ -73,7 +73,8 @@ if __name__ == "__main__":
     fewer, more = (
         operations(script, replace(args, total_timesteps=steps)) for steps in (first, last)
     )
-    torch.set_num_threads(args.num_threads or os.cpu_count())  # a training leaves it as it was
+    # A training leaves the number of threads as it was.
+    torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
     dtype = torch.bfloat16 if getattr(args, "precision", "") == "bfloat16" else torch.float32
     products = (more - fewer) / (last - first) / best_rate(dtype)  # seconds for one step
     print(1 / (products + emulator(script, args)))
