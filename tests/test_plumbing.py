@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import platform
 import pty
 import random
 import re
@@ -876,3 +877,45 @@ def test_a_forked_command_is_as_one_of_its_own(tmp_path):
     with pytest.raises(AssertionError, match="longer than 1 s"):
         bench.run("", timeout=1)
     assert bench.run("", kill_after=0.2).code < 0
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+
+
+def test_available_cores_are_those_of_this_process(monkeypatch):
+    """Under taskset, and in many batch systems, they are fewer than the machine has."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert MODULE.available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert MODULE.available_cores() == 64
+
+
+PAGES = """
+import resource, sys, torch
+from {script} import Args, keep_freed_memory, train
+{call}
+def step():
+    [torch.ones(2_000_000) for _ in range(10)]
+for _ in range(5):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
+def test_memory_that_was_freed_is_used_again(bench):
+    """80 MB of tensors a step, in pages of 4 KB: without the call, the system gives them anew."""
+    pages = {}
+    for call in "", "keep_freed_memory()", "train(Args(total_timesteps=100, eval_episodes=1))":
+        code = PAGES.format(script=SCRIPT, call=call)
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=bench.folder, env=bench.environment,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        pages[call] = int(ended.stdout.split()[-1])
+    default, kept, trained = pages.values()
+    assert default > 10 * 1_000 and kept < 100 and trained < 100, pages
