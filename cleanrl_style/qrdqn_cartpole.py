@@ -29,8 +29,10 @@ Differs  Adam with its usual epsilon, and a learning rate that falls linearly to
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K actions;
          M quantiles.
 Run      python qrdqn_cartpole.py
-Expect   Return of the greedy policy over 100 episodes:
-             CartPole-v1     not yet recorded    100k steps
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an Intel Xeon that
+         had other work, too:
+             CartPole-v1     476.1 (311.7 to 500.0)    100k steps    53 s
 """
 
 import contextlib

@@ -35,7 +35,12 @@ BAD = [
 ]
 LEARNS = [("--env-id cases:Aim-v0 --total-timesteps 5000 --hidden-size 64", 9)]
 # What others published, by the record's name after `<script>__`: shown beside our results.
-PUBLISHED = {"Pendulum-v1": "Zoo -157 (20k)"}
+PUBLISHED = {
+    "Pendulum-v1": "Zoo -157 (20k)",
+    "HalfCheetah-v5": "SimbaV2's SAC 8593 (v4)",
+    "Hopper-v5": "SimbaV2's SAC 2160 (v4)",
+    "Walker2d-v5": "SimbaV2's SAC 2470 (v4)",
+}
 # How speed.py measures the script, and beside what; its first lines explain the form.
 SPEED = {
     "steps": 4_000,
