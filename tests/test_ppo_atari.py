@@ -71,6 +71,7 @@ SPEED = {
     },
     "flags": "",  # by default the settings are those of CleanRL
     "variants": {
+        "eight games, bfloat16, compiled": "--precision bfloat16 --compile",
         "eight games, bfloat16": "--precision bfloat16",
         "eight games, float32": "--precision float32",
     },

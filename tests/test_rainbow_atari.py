@@ -75,6 +75,7 @@ SPEED = {
         "eight games, float32": "--precision float32",
         "one game, bfloat16": "--precision bfloat16 --num-envs 1",
         "one game, float32": "--precision float32 --num-envs 1",
+        "one game, float32, compiled": "--precision float32 --num-envs 1 --compile",
     },
     "floors": {
         "floor, bfloat16": "1200 1600 --precision bfloat16",

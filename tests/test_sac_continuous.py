@@ -83,6 +83,7 @@ SPEED = {
     "flags": "--env-id HalfCheetah-v5 --learning-starts 1000 --learning-rate 3e-4",
     "variants": {
         "one environment, compiled": "--num-envs 1 --compile",
+        "one environment, compiled, bfloat16": "--num-envs 1 --compile --precision bfloat16",
         "one environment": "--num-envs 1",
     },
     "floors": {"floor": "1500 2500 --num-envs 1"},
