@@ -581,14 +581,14 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library use the memory of large tensors again, up to 1 GB, if it is glibc.
+    """Makes glibc keep up to 1 GB of freed memory for the next tensors, in this whole process.
 
-    By default it gives it back, and the system clears new pages in each gradient step.
+    By default it returns large blocks to the system, which clears new pages in each gradient step.
     """
-    with contextlib.suppress(AttributeError, TypeError):
+    with contextlib.suppress(AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older ones allow 32 MB
 
 
 class Run:

@@ -581,7 +581,9 @@ class Ranks:
         for part, state in zip(parts, states):
             if self.rank > 0:
                 part.load_state_dict(state)
-        cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # of this rank
+        cores = available_cores()
+        if cores == os.cpu_count():  # the ranks of this machine share them
+            cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
         cores = min(self.gather(cores))  # the number of threads changes the rounding
         torch.set_num_threads(run.args.num_threads or cores)
         if signal.getsignal(signal.SIGINT) == run.interrupt:
@@ -993,14 +995,14 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library use the memory of large tensors again, up to 1 GB, if it is glibc.
+    """Makes glibc keep up to 1 GB of freed memory for the next tensors, in this whole process.
 
-    By default it gives it back, and the system clears new pages in each gradient step.
+    By default it returns large blocks to the system, which clears new pages in each gradient step.
     """
-    with contextlib.suppress(AttributeError, TypeError):
+    with contextlib.suppress(AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older ones allow 32 MB
 
 
 class Run:

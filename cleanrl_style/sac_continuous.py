@@ -32,13 +32,14 @@ Differs  The three gradients are taken at the same weights and make one step of 
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action.
 Run      python sac_continuous.py
          python sac_continuous.py --env-id HalfCheetah-v5 --total-timesteps 300000 \
-             --learning-rate 3e-4 --learning-starts 10000 --compile --precision bfloat16
-             (needs gymnasium[mujoco]; on CPUs without bfloat16, leave the last flag out)
+             --learning-rate 3e-4 --learning-starts 10000 --compile --precision auto
+             (needs gymnasium[mujoco])
 Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 10 (worst to
          best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
          that had other work, too:
              Pendulum-v1     -146.5 (-158.1 to -139.2)   20k steps, 265 s
-         MuJoCo with the flags of HalfCheetah, seed 1 alone, on one core of an Intel Xeon:
+         MuJoCo with the flags of HalfCheetah, seed 1 alone, on one core of an Intel Xeon, in
+         bfloat16:
              HalfCheetah-v5  7602.6    300k steps, 36 min; after 100k steps 4914.5
              Hopper-v5       1502.4    300k steps, 32 min; after 100k steps 1289.7
 """
@@ -153,7 +154,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 class Bfloat16Linear(nn.Linear):
-    """A linear layer that rounds inputs and weights to bfloat16 (2 digits) to multiply them."""
+    """A linear layer that multiplies in bfloat16: inputs, weights and product have 2 digits."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, in_features) -> (B, out_features), both float32."""
@@ -161,7 +162,9 @@ class Bfloat16Linear(nn.Linear):
 
 
 def mlp(inputs: int, hidden_size: int, outputs: int, bfloat16: bool = False) -> nn.Sequential:
-    """A network with two hidden layers. Nearly all of its work is the product between them."""
+    """A network with two hidden layers. The product between them, which usually is most of the
+    work, may be in bfloat16.
+    """
     linear = Bfloat16Linear if bfloat16 else nn.Linear
     return nn.Sequential(
         nn.Linear(inputs, hidden_size), nn.ReLU(),
@@ -229,7 +232,8 @@ def make_network(args: Args, envs: "Envs") -> Agent:
 class Actor:
     """The policy in NumPy, with its bounds: for a few rows, several times as fast as in PyTorch.
 
-    It shares the weights of an agent on the CPU. Of one on a GPU, it is a copy.
+    It shares the weights of an agent on the CPU. Of one on a GPU, it is a copy. It computes in
+    float32, whatever --precision says.
     """
 
     def __init__(self, agent: Agent) -> None:
@@ -684,14 +688,14 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library use the memory of large tensors again, up to 1 GB, if it is glibc.
+    """Makes glibc keep up to 1 GB of freed memory for the next tensors, in this whole process.
 
-    By default it gives it back, and the system clears new pages in each gradient step.
+    By default it returns large blocks to the system, which clears new pages in each gradient step.
     """
-    with contextlib.suppress(AttributeError, TypeError):
+    with contextlib.suppress(AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older ones allow 32 MB
 
 
 class Run:

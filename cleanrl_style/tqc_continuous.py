@@ -42,9 +42,9 @@ Differs  The critics have two hidden layers of 256 units; the paper's have three
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action;
          C critics; M quantiles of each.
 Run      python tqc_continuous.py
-         python tqc_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 \
-             --learning-rate 3e-4 --learning-starts 10000 --num-dropped 0 --compile
-             (needs gymnasium[mujoco])
+         python tqc_continuous.py --env-id HalfCheetah-v5 --total-timesteps 300000 \
+             --learning-rate 3e-4 --learning-starts 10000 --num-dropped 0 --compile \
+             --precision auto    (needs gymnasium[mujoco])
 Expect   Return of the deterministic policy over 100 episodes:
              Pendulum-v1     not yet recorded    20k steps
 """
@@ -164,7 +164,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 class Bfloat16Linear(nn.Linear):
-    """A linear layer that rounds inputs and weights to bfloat16 (2 digits) to multiply them."""
+    """A linear layer that multiplies in bfloat16: inputs, weights and product have 2 digits."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, in_features) -> (B, out_features), both float32."""
@@ -172,7 +172,9 @@ class Bfloat16Linear(nn.Linear):
 
 
 def mlp(inputs: int, hidden_size: int, outputs: int, bfloat16: bool = False) -> nn.Sequential:
-    """A network with two hidden layers. Nearly all of its work is the product between them."""
+    """A network with two hidden layers. The product between them, which usually is most of the
+    work, may be in bfloat16.
+    """
     linear = Bfloat16Linear if bfloat16 else nn.Linear
     return nn.Sequential(
         nn.Linear(inputs, hidden_size), nn.ReLU(),
@@ -186,9 +188,8 @@ class Critics(nn.Module):
 
     def __init__(self, obs_size: int, action_size: int, args: Args) -> None:
         super().__init__()
-        sizes = obs_size + action_size, args.hidden_size, args.num_quantiles
-        bfloat16 = use_bfloat16(args)
-        self.networks = nn.ModuleList(mlp(*sizes, bfloat16) for _ in range(args.num_critics))
+        sizes = obs_size + action_size, args.hidden_size, args.num_quantiles, use_bfloat16(args)
+        self.networks = nn.ModuleList(mlp(*sizes) for _ in range(args.num_critics))
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Observations (B, O) and actions (B, K) -> quantiles theta (B, C, M)."""
@@ -207,8 +208,7 @@ class Agent(nn.Module):
         super().__init__()
         self.register_buffer("low", torch.tensor(low))
         self.register_buffer("high", torch.tensor(high))
-        sizes = obs_size, args.hidden_size, 2 * len(low)
-        self.actor = mlp(*sizes, use_bfloat16(args))
+        self.actor = mlp(obs_size, args.hidden_size, 2 * len(low), use_bfloat16(args))
         self.critics = Critics(obs_size, len(low), args)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
 
@@ -237,7 +237,8 @@ def make_network(args: Args, envs: "Envs") -> Agent:
 class Actor:
     """The policy in NumPy, with its bounds: for a few rows, several times as fast as in PyTorch.
 
-    It shares the weights of an agent on the CPU. Of one on a GPU, it is a copy.
+    It shares the weights of an agent on the CPU. Of one on a GPU, it is a copy. It computes in
+    float32, whatever --precision says.
     """
 
     def __init__(self, agent: Agent) -> None:
@@ -726,14 +727,14 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library use the memory of large tensors again, up to 1 GB, if it is glibc.
+    """Makes glibc keep up to 1 GB of freed memory for the next tensors, in this whole process.
 
-    By default it gives it back, and the system clears new pages in each gradient step.
+    By default it returns large blocks to the system, which clears new pages in each gradient step.
     """
-    with contextlib.suppress(AttributeError, TypeError):
+    with contextlib.suppress(AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older ones allow 32 MB
 
 
 class Run:

@@ -105,7 +105,7 @@ def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeyp
     assert set(record.curves) == set(record.evaluations) == {3, 4} and record.steps >= 3000
     assert all(points[-1][0] >= 3000 for points in record.curves.values())
     kinds = [row["kind"] for row in plot.read_csv(path)[1] if row["kind"] != "train"]
-    assert kinds == ["eval", "eval", "last20", "solved"] * 2
+    assert kinds == ["eval", "eval", "last20", "wall", "solved"] * 2
     runs = tmp_path / "runs/learn/reinforce_cartpole__CartPole-v1"
     for seed, value in record.evaluations.items():
         folder = next((runs / str(seed)).glob("*/"))
@@ -130,17 +130,30 @@ def test_kept_seeds_are_not_trained_again(tmp_path, monkeypatch):
         head, rows = record("1-2", "--keep") if machine == "second" else record("2-2")
     found = [row["seed"] for row in rows]
     assert head["seeds"] == "1-2" and set(found) == {"1", "2"} and found == sorted(found)
-    assert re.fullmatch(r"first, .* \(at first\); second, .* \(seeds 1\)", head["machine"])
-    trained = [path.name for path in tmp_path.glob("*/runs/learn/*/*")]
-    assert sorted(trained) == ["1", "2"]
+    assert re.fullmatch(r"first, [^;]*; seeds 1: second, [^;]*", head["machine"])
+    walls = [float(row["return"]) for row in rows if row["kind"] == "wall"]
+    assert len(walls) == 2 and head["wall time"].startswith(f"median {np.mean(walls):.1f} s")
+    assert [run.parents[3].name for run in tmp_path.glob("*/runs/learn/*/1")] == ["second"]
     before = path.read_text()
     assert record("1-2", "--keep") == (head, rows) and path.read_text() == before
-    monkeypatch.chdir(tmp_path / "first")
-    new_head, new_rows = record("1-2")  # without the flag, on the same seeds
-    assert new_head["machine"].startswith("second, ") and "(" not in new_head["machine"]
-    assert new_rows == rows
-    learn.main([*arguments, "1-2", "--keep", "--gamma", "0.9"])  # another command keeps nothing
-    assert learn.read_csv(path)[0]["machine"] == new_head["machine"]
+    head, rows = record("3-3", "--keep")
+    assert head["seeds"] == "1-3" and {row["seed"] for row in rows} == {"1", "2", "3"}
+    assert head["machine"].count("second") == 1  # its seeds are not told twice
+    for arguments_of_others in (["1-2"], ["1-2", "--keep", "--solved", "1"]):
+        with pytest.raises(SystemExit, match="has more seeds"):
+            record(*arguments_of_others)
+
+
+def test_runs_of_another_command_are_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learn, "HERE", tmp_path)
+    arguments = "reinforce_cartpole --seeds 1-1 --num-envs 2 --total-timesteps".split()
+    learn.main([*arguments, "1000"])
+    (path,) = (tmp_path / "results").iterdir()
+    before = path.read_text()
+    with pytest.raises(SystemExit, match="has runs of another command"):
+        learn.main([*arguments, "2000", "--keep"])
+    assert path.read_text() == before
 
 
 def test_next_is_the_first_line_of_the_queue_whose_record_lacks_seeds(tmp_path, monkeypatch):

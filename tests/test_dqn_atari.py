@@ -4,6 +4,7 @@ Its environments and its evaluation are tested in test_games.py.
 """
 
 import time
+from types import SimpleNamespace
 
 import dqn_atari as script
 import games
@@ -358,6 +359,43 @@ def test_bfloat16_is_float32_within_its_rounding():
     assert rounded(obs).dtype == torch.float32
     torch.testing.assert_close(rounded(obs), exact(obs), rtol=0.05, atol=0.01)
     assert not torch.equal(rounded(obs), exact(obs))
+
+
+def float32_layers(network, obs):
+    """The linear layers that get and give float32."""
+    found = []
+
+    def look(layer, inputs, outputs):
+        if inputs[0].dtype == outputs.dtype == torch.float32:
+            found.append(layer)
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(look)
+    network(obs)
+    return found
+
+
+def test_bfloat16_is_for_convolutions_only():
+    network = make_network(bfloat16=True)
+    assert float32_layers(network, random_batch().obs) == [network.hidden, network.head]
+
+
+@pytest.mark.parametrize("supported", [True, False, None])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_automatic_precision(supported, device, monkeypatch):
+    """None: a PyTorch that cannot tell."""
+    name = "_is_avx512_bf16_supported"
+    if supported is None:
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, name, lambda: supported, raising=False)
+    found = {
+        precision: script.use_bfloat16(SimpleNamespace(precision=precision, device=device))
+        for precision in ("float32", "bfloat16", "auto")
+    }
+    automatic = supported is True and device == "cpu"
+    assert found == {"float32": False, "bfloat16": True, "auto": automatic}
 
 
 def test_bfloat16_tells_actions_apart_that_differ_by_a_thousandth():

@@ -523,6 +523,13 @@ def test_networks(dueling, distributional, noisy, network, kernels, features, hi
     torch.testing.assert_close(net(obs), expected.reshape(8, 3), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_bfloat16_is_for_convolutions_only(noisy):
+    net = make_network(precision="bfloat16", noisy=noisy)
+    layers = dqn.float32_layers(net, dqn.random_batch().obs)
+    assert layers == [*net.hidden, *net.heads]
+
+
 def test_bfloat16_is_float32_within_its_rounding():
     """And the last layers are not rounded: they tell actions apart that differ by a thousandth."""
     exact, rounded, obs = make_network(), make_network(precision="bfloat16"), dqn.random_batch().obs

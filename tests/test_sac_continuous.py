@@ -17,7 +17,7 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 TINY = (
     "--total-timesteps 2000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
     "--hidden-size 32 --train-frequency 4 --gradient-steps 2 --checkpoint-frequency 500 "
-    "--eval-frequency 700 --eval-episodes 5"
+    "--eval-frequency 700 --eval-episodes 5 --precision bfloat16"
 )
 OWN = "continuous"
 OWN_FLAGS = "--total-timesteps 3000 --hidden-size 32 --batch-size 64"
@@ -37,9 +37,9 @@ LEARNS = [("--env-id cases:Aim-v0 --total-timesteps 5000 --hidden-size 64", 9)]
 # What others published, by the record's name after `<script>__`: shown beside our results.
 PUBLISHED = {
     "Pendulum-v1": "Zoo -157 (20k)",
-    "HalfCheetah-v5": "SimbaV2's SAC 8593 (v4)",
-    "Hopper-v5": "SimbaV2's SAC 2160 (v4)",
-    "Walker2d-v5": "SimbaV2's SAC 2470 (v4)",
+    "HalfCheetah-v5": "SimbaV2's SAC 8593 (300k, v4)",
+    "Hopper-v5": "SimbaV2's SAC 2160 (300k, v4)",
+    "Walker2d-v5": "SimbaV2's SAC 2470 (300k, v4)",
 }
 # How speed.py measures the script, and beside what; its first lines explain the form.
 SPEED = {

@@ -74,7 +74,7 @@ if __name__ == "__main__":
         operations(script, replace(args, total_timesteps=steps)) for steps in (first, last)
     )
     # A training leaves the number of threads as it was.
-    torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(args.num_threads or script.available_cores())
     dtype = torch.bfloat16 if getattr(args, "precision", "") == "bfloat16" else torch.float32
     products = (more - fewer) / (last - first) / best_rate(dtype)  # seconds for one step
     print(1 / (products + emulator(script, args)))

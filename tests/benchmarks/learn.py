@@ -24,9 +24,9 @@ page of results, and kept when the seeds are recorded again, as is `# variant: .
 
 Then one row per point: seed, step, return. "train", the training return, is the mean over each of
 50 equal parts of the run. "eval" is an evaluation; each seed has one at the final step, and at that
-step "last20", the mean of the last 20 training episodes (the oldest records lack it). With --solved
-LEVEL there is a row "solved": the step at which the mean of 20 training episodes in a row first
-reached LEVEL, and, as its return, the minutes until then.
+step "last20", the mean of the last 20 training episodes, and "wall", the seconds from start-up to
+evaluation (the oldest records lack them). With --solved LEVEL there is a row "solved": the step at
+which the mean of 20 training episodes in a row first reached LEVEL, and the minutes until then.
 """
 
 import argparse
@@ -270,11 +270,17 @@ def command_of(ours: argparse.Namespace, flags: list[str]) -> str:
     return shlex.join(["python", f"cleanrl_style/{ours.script}.py", *flags, "--seed", "SEED"])
 
 
+def solved_line(ours: argparse.Namespace) -> str | None:
+    if ours.solved is not None:
+        return f"the mean of 20 training episodes is {ours.solved:g} or more"
+
+
 def recorded(ours: argparse.Namespace, flags: list[str], record: Path) -> dict[int, list[list]]:
     """The rows, by their seed, that the record of this command has."""
     head, rows = read_csv(record) if record.exists() else ({}, [])
     found = {}
-    if head.get("command") == command_of(ours, flags):
+    asked = command_of(ours, flags), solved_line(ours)
+    if (head.get("command"), head.get("solved")) == asked:
         for row in rows:
             found.setdefault(int(row["seed"]), []).append(list(row.values()))
     return found
@@ -289,13 +295,19 @@ def main(arguments: list[str]) -> None:
         print(shlex.join(arguments), flush=True)
     ours, flags, record = parse(arguments)
     old, rows = read_csv(record) if record.exists() else ({}, [])
-    if len({row["seed"] for row in rows}) > len(ours.seeds):
+    kept = recorded(ours, flags, record) if ours.keep else {}
+    if {int(row["seed"]) for row in rows} - {*kept, *ours.seeds}:
         sys.exit(f"{record} has more seeds: remove it first, or give another --name")
     runs = Path("runs") / "learn" / record.stem
-    kept = recorded(ours, flags, record) if ours.keep else {}
-    ours.seeds, wanted = [seed for seed in ours.seeds if seed not in kept], ours.seeds
+    ours.seeds = [seed for seed in ours.seeds if seed not in kept]
     if not ours.seeds:
         return print(record)
+    seeds_of_record = sorted([*kept, *ours.seeds])
+    begun = runs / "command"  # of what is in the folder
+    if begun.exists() and begun.read_text() != command_of(ours, flags):
+        sys.exit(f"{runs} has runs of another command: remove it first, or give another --name")
+    runs.mkdir(parents=True, exist_ok=True)
+    begun.write_text(command_of(ours, flags))
     try:
         if ours.ray or ours.ray_address:
             results = run_on_ray(ours, flags, runs)
@@ -306,7 +318,6 @@ def main(arguments: list[str]) -> None:
     except (ValueError, ConnectionError) as error:
         print(getattr(error, "cause", error), file=sys.stderr)  # a cause came by Ray
         sys.exit(2)
-    walls = [wall for _, wall in results]
     packages = [f"{package} {version(package)}" for package in PACKAGES if found(package)]
     at_a_time = f"{ours.jobs} run{'s' if ours.jobs > 1 else ''} at a time"
     machine = f"{processor()}, {os.cpu_count()} cores, {at_a_time}"
@@ -316,30 +327,31 @@ def main(arguments: list[str]) -> None:
         "command": command_of(ours, flags),
         "variant": ours.variant or old.get("variant"),
         "note": old.get("note"),
-        "seeds": f"{wanted[0]}-{wanted[-1]}",
+        "seeds": f"{seeds_of_record[0]}-{seeds_of_record[-1]}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine,
         "versions": f"Python {platform.python_version()}, " + ", ".join(packages),
-        "wall time": f"median {np.nanmedian(walls):.1f} s, longest {np.nanmax(walls):.1f} s, "
-        "from start-up to evaluation",
+        "wall time": "",
+        "solved": solved_line(ours),
     }
-    if ours.solved is not None:
-        head["solved"] = f"the mean of 20 training episodes is {ours.solved:g} or more"
     if kept:
-        for key in ("date", "machine", "versions", "wall time"):
-            if head[key] != old[key]:
-                new = ", ".join(map(str, ours.seeds))
-                head[key] = f"{old[key]} (at first); {head[key]} (seeds {new})"
+        for key in ("date", "machine", "versions"):
+            if not old[key].endswith(head[key]):
+                head[key] = f"{old[key]}; seeds {', '.join(map(str, ours.seeds))}: {head[key]}"
     rows = [row for seed in kept for row in kept[seed]]
-    for seed, (run_dir, _) in zip(ours.seeds, results):
+    for seed, (run_dir, wall) in zip(ours.seeds, results):
         events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         for kind, points in zip(("train", "eval"), curve(events)):
             rows += [[seed, step, f"{value:.6g}", kind] for step, value in points]
         step = points[-1][0]
         last = [event.value for event in events.Scalars("charts/episodic_return")[-20:]]
         rows.append([seed, step, f"{np.mean(last):.6g}", "last20"])
+        rows.append([seed, step, f"{wall:.1f}", "wall"])
         if ours.solved is not None and (reached := solved(events, clock(run_dir), ours.solved)):
             rows.append([seed, reached[0], f"{reached[1]:.2f}", "solved"])
+    walls = [float(row[2]) for row in rows if row[3] == "wall"]
+    longest = f"longest {np.nanmax(walls):.1f} s, from start-up to evaluation"
+    head["wall time"] = f"median {np.nanmedian(walls):.1f} s, {longest}"
     rows = [["seed", "step", "return", "kind"], *sorted(rows, key=lambda row: int(row[0]))]
     write_csv(record, {key: value for key, value in head.items() if value}, rows)
     print(record)
