@@ -214,9 +214,11 @@ def test_a_node_without_the_folder_of_the_caller_sends_what_a_record_needs(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     run_dir, _ = learn.run(*arguments)  # reads it
-    points, (step, value) = learn.curve(events(run_dir))
-    rows = [(str(s), f"{v:.6g}", "train") for s, v in points]
-    rows.append((str(step), f"{value:.6g}", "eval"))
+    rows = [
+        (str(step), f"{value:.6g}", kind)
+        for kind, points in zip(("train", "eval"), learn.curve(events(run_dir)))
+        for step, value in points
+    ]
     expected = [row for row in record(plain, "plain")[1] if row["seed"] == "1"]
     assert rows == [(row["step"], row["return"], row["kind"]) for row in expected[:-1]]
 
