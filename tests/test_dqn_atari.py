@@ -21,7 +21,7 @@ TINY = (
     "--total-timesteps 800 --num-envs 2 --buffer-size 300 --learning-starts 100 --batch-size 4 "
     "--train-frequency 20 --target-network-frequency 100 --exploration-fraction 0.5 --norm-obs "
     "--checkpoint-frequency 150 --eval-frequency 450 --eval-episodes 1 --eval-epsilon 0.5 "
-    "--num-threads 1"
+    "--num-threads 1 --precision float32"
 )
 OWN = "pixels"
 OWN_FLAGS = (
