@@ -45,8 +45,10 @@ Run      python tqc_continuous.py
          python tqc_continuous.py --env-id HalfCheetah-v5 --total-timesteps 300000 \
              --learning-rate 3e-4 --learning-starts 10000 --num-dropped 0 --compile \
              --precision auto    (needs gymnasium[mujoco])
-Expect   Return of the deterministic policy over 100 episodes:
-             Pendulum-v1     not yet recorded    20k steps
+Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 7 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an Intel Xeon that
+         had other work, too, with --compile --precision bfloat16:
+             Pendulum-v1     -148.3 (-156.8 to -142.4)   20k steps, 366 s
 """
 
 import contextlib
