@@ -324,7 +324,8 @@ def learn(
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in shuffled.tensor_split(args.num_minibatches):
-            metrics.append(update(agent, optimizer, Batch(*(part[rows] for part in batch)), args))
+            minibatch = Batch(*(part.index_select(0, rows) for part in batch))
+            metrics.append(update(agent, optimizer, minibatch, args))
     return {tag: torch.stack([step[tag] for step in metrics]).mean() for tag in metrics[0]}
 
 

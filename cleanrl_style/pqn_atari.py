@@ -182,7 +182,7 @@ class QNetwork(nn.Module):
         self.bfloat16 = bfloat16
         self.obs_statistics = RunningStatistics(84 * 84) if norm_obs else None  # of each pixel
         self.features = nn.Sequential(
-            nn.Conv2d(STACK, 32, 8, stride=4), nn.GroupNorm(1, 32), nn.ReLU(),  # (B, 32, 20, 20)
+            nn.Conv2d(STACK * 16, 32, 2), nn.GroupNorm(1, 32), nn.ReLU(),  # 8 x 8 pixels, stride 4
             nn.Conv2d(32, 64, 4, stride=2), nn.GroupNorm(1, 64), nn.ReLU(),  # (B, 64, 9, 9)
             nn.Conv2d(64, 64, 3, stride=1), nn.GroupNorm(1, 64), nn.ReLU(),  # (B, 64, 7, 7)
             nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.LayerNorm(512), nn.ReLU(),
@@ -202,17 +202,29 @@ class QNetwork(nn.Module):
         return self.head(features.float())  # bfloat16 has 2 digits: too few to compare actions
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """Frames (B, 4, 84, 84) of uint8 -> what the convolutions see, in their precision."""
+        """Frames (B, 4, 84, 84) of uint8 -> what the convolutions see, (B, 64, 21, 21)."""
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
-        pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype)
+        pixels = blocks(obs).to(dtype)
         if self.obs_statistics is None:
-            return pixels.div_(255)
-        statistics = self.obs_statistics.mean, (self.obs_statistics.variance + 1e-8).sqrt()
-        mean, deviation = (
-            values.to(dtype).view(84, 84).expand(1, STACK, 84, 84)
-            .contiguous(memory_format=torch.channels_last) for values in statistics
-        )  # fmt: skip
-        return pixels.sub_(mean).div_(deviation).clamp_(-10, 10)
+            pixels.div_(255)
+        else:
+            statistics = self.obs_statistics.mean, (self.obs_statistics.variance + 1e-8).sqrt()
+            mean, deviation = (
+                values.to(dtype).view(21, 21, 1, 16).expand(21, 21, STACK, 16).contiguous()
+                for values in statistics
+            )
+            pixels.sub_(mean).div_(deviation).clamp_(-10, 10)
+        return pixels.flatten(3).permute(0, 3, 1, 2)  # in memory, channels come last
+
+
+def blocks(frames: Tensor) -> Tensor:
+    """Frames (B, C, 84, 84) of uint8 -> blocks of 4 x 4 pixels, (B, 21, 21, C, 16).
+
+    With the pixels of a block as channels, a convolution of 8 x 8 pixels with stride 4 is one of
+    2 x 2 blocks: the same function, but up to three times as fast on a CPU.
+    """
+    words = frames.contiguous().view(torch.int32)  # four pixels of a row, copied as one number
+    return words.unflatten(2, (21, 4)).permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
 
 
 def use_bfloat16(args: Args) -> bool:
@@ -302,7 +314,7 @@ def learn(
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in shuffled.tensor_split(args.num_minibatches):
-            minibatch = Batch(*(part[rows] for part in batch))
+            minibatch = Batch(*(part.index_select(0, rows) for part in batch))
             metrics.append(update(q_network, optimizer, minibatch, args))
     return {tag: torch.stack([step[tag] for step in metrics]).mean() for tag in metrics[0]}
 
@@ -331,8 +343,8 @@ class RunningStatistics(nn.Module):
 
 
 def newest_frames(obs: Tensor) -> Tensor:
-    """Observations (..., 4, 84, 84) of uint8 -> newest frames (B, 84 * 84)."""
-    return obs[..., -1, :, :].reshape(-1, 84 * 84).float()
+    """Observations (..., 4, 84, 84) of uint8 -> newest frames (B, 84 * 84), block by block."""
+    return blocks(obs[..., -1, :, :].reshape(-1, 1, 84, 84)).flatten(1).float()
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------

@@ -269,7 +269,7 @@ def learn(
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in shuffled.tensor_split(args.num_minibatches):
-            minibatch = Batch(*(part[rows] for part in batch))
+            minibatch = Batch(*(part.index_select(0, rows) for part in batch))
             metrics.append(update(q_network, optimizer, minibatch, args))
     return {tag: torch.stack([step[tag] for step in metrics]).mean() for tag in metrics[0]}
 

@@ -238,9 +238,10 @@ class QNetwork(nn.Module):
         self.bfloat16, self.distributional = use_bfloat16(args), args.distributional
         self.register_buffer("atoms", atoms, persistent=False)  # Args has them, not checkpoints
         self.obs_statistics = RunningStatistics(84 * 84) if args.norm_obs else None  # of each pixel
+        self.block_size = 4 if args.network == "dqn" else 1  # pixels on a side
         if args.network == "dqn":
             self.features = nn.Sequential(
-                nn.Conv2d(STACK, 32, 8, stride=4), nn.ReLU(),  # (B, 32, 20, 20)
+                nn.Conv2d(STACK * 16, 32, 2), nn.ReLU(),  # 8 x 8 pixels, stride 4: (B, 32, 20, 20)
                 nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),  # (B, 64, 9, 9)
                 nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten(),  # (B, 64 * 7 * 7)
             )  # fmt: skip
@@ -278,17 +279,32 @@ class QNetwork(nn.Module):
         return dueling(outputs[1], advantages) if len(outputs) == 2 else advantages
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """Frames (B, 4, 84, 84) of uint8 -> what the convolutions see, in their precision."""
+        """Frames (B, 4, 84, 84) of uint8 -> what the convolutions see: channels are blocks."""
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold 0 to 255 exactly
-        pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype)
+        pixels = blocks(obs, self.block_size).to(dtype)
         if self.obs_statistics is None:
-            return pixels.div_(255)
-        statistics = self.obs_statistics.mean, (self.obs_statistics.variance + 1e-8).sqrt()
-        mean, deviation = (
-            values.to(dtype).view(84, 84).expand(1, STACK, 84, 84)
-            .contiguous(memory_format=torch.channels_last) for values in statistics
-        )  # fmt: skip
-        return pixels.sub_(mean).div_(deviation).clamp_(-10, 10)
+            pixels.div_(255)
+        else:
+            statistics = self.obs_statistics.mean, (self.obs_statistics.variance + 1e-8).sqrt()
+            mean, deviation = (
+                values.to(dtype).view(*pixels.shape[1:3], 1, -1).expand(pixels.shape[1:])
+                .contiguous() for values in statistics
+            )  # fmt: skip
+            pixels.sub_(mean).div_(deviation).clamp_(-10, 10)
+        return pixels.flatten(3).permute(0, 3, 1, 2)  # in memory, channels come last
+
+
+def blocks(frames: Tensor, size: int) -> Tensor:
+    """Frames (B, C, 84, 84) of uint8 -> (B, 84 / size, 84 / size, C, size^2).
+
+    With the 4 x 4 pixels of a block as channels, a convolution of 8 x 8 pixels with stride 4 is one
+    of 2 x 2 blocks: the same function, but up to three times as fast on a CPU. Blocks of size 1 are
+    the pixels, for other convolutions.
+    """
+    words = frames.contiguous()
+    if size == 4:  # four pixels of a row, copied as one number
+        words = words.view(torch.int32)
+    return words.unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
 
 
 def use_bfloat16(args: Args) -> bool:
@@ -506,9 +522,9 @@ class RunningStatistics(nn.Module):
         self.count.copy_(total)
 
 
-def newest_frames(obs: Tensor) -> Tensor:
-    """Observations (..., 4, 84, 84) of uint8 -> newest frames (B, 84 * 84)."""
-    return obs[..., -1, :, :].reshape(-1, 84 * 84).float()
+def newest_frames(obs: Tensor, size: int) -> Tensor:
+    """Observations (..., 4, 84, 84) of uint8 -> newest frames (B, 84 * 84), in blocks."""
+    return blocks(obs[..., -1, :, :].reshape(-1, 1, 84, 84), size).flatten(1).float()
 
 
 # ---- Memory --------------------------------------------------------------------------------------
@@ -757,8 +773,9 @@ def train(args: Args) -> "Result":
             for step in range(max(envs.steps + 1, args.learning_starts), steps + 1):
                 update_due = step % args.target_network_frequency == 0
                 if args.norm_obs and (update_due or step == args.learning_starts):
-                    sample = newest_frames(buffer.observations(buffer.draw(SAMPLE)))
-                    q_network.obs_statistics.update(sample.to(device))
+                    sample = buffer.observations(buffer.draw(SAMPLE))
+                    frames = newest_frames(sample, q_network.block_size).to(device)
+                    q_network.obs_statistics.update(frames)
                 if step % args.train_frequency == 0:
                     remaining = max(1 - step / args.total_timesteps, 0)
                     beta = 1 - (1 - args.prioritized_replay_beta) * remaining

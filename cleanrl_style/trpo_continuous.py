@@ -439,7 +439,7 @@ def learn(
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in shuffled.tensor_split(args.num_minibatches):
-            minibatch = Batch(*(part[rows] for part in batch))
+            minibatch = Batch(*(part.index_select(0, rows) for part in batch))
             losses.append(update(agent, optimizer, minibatch, args)["losses/value_loss"])
     return metrics | {"losses/value_loss": torch.stack(losses).mean()}
 

@@ -3,6 +3,7 @@
 Its environments and its evaluation are tested in test_games.py.
 """
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -323,9 +324,18 @@ def make_network(num_actions=4, bfloat16=False, norm_obs=False):
     return script.QNetwork(num_actions, bfloat16, norm_obs)
 
 
+def test_blocks_are_squares_of_pixels():
+    frames = random_batch(3).obs[:, 1:]  # not contiguous
+    found = script.blocks(frames)
+    assert found.shape == (3, 21, 21, 3, 16) and found.dtype == torch.uint8
+    for y, x in itertools.product(range(84), repeat=2):
+        assert torch.equal(found[:, y // 4, x // 4, :, y % 4 * 4 + x % 4], frames[:, :, y, x])
+
+
 def test_the_network_is_that_of_the_paper():
     network, obs = make_network(18), random_batch().obs
     x, weights = obs / 255, list(network.parameters())
+    weights[0] = F.pixel_shuffle(weights[0], 4)  # of blocks -> of pixels
     shapes = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512)]
     assert [tuple(weight.shape) for weight in weights[::2]] == shapes
     assert all(bias.shape == weight.shape[:1] for weight, bias in zip(weights[::2], weights[1::2]))
@@ -345,7 +355,7 @@ def test_what_the_network_sees_reaches_its_last_layer():
     network = make_network()
 
     def spread():
-        return network.hidden(network.features(obs / 255)).relu().std(0).mean()
+        return network.hidden(network.features(network.normalize(obs))).relu().std(0).mean()
 
     ours = spread()
     for layer in [*network.features, network.hidden]:
@@ -419,8 +429,9 @@ def test_normalised_pixels_are_deviations_from_their_mean(bfloat16):
     network(obs)
     expected = ((obs - mean) / (deviation + 1e-4)).clamp(-10, 10)
     error = {"atol": 0.05, "rtol": 0.02} if bfloat16 else {"atol": 1e-3, "rtol": 1e-3}
-    torch.testing.assert_close(seen[0], expected, **error)
-    assert (seen[0][0, :, 0, 0] == 10).all() and not seen[0][1, :, :20].any()
+    pixels = F.pixel_shuffle(seen[0], 4)
+    torch.testing.assert_close(pixels, expected, **error)
+    assert (pixels[0, :, 0, 0] == 10).all() and not pixels[1, :, :20].any()
 
 
 def test_running_statistics_are_those_of_all_rows():

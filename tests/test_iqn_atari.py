@@ -317,6 +317,7 @@ def test_the_network_learns_the_quantiles_of_a_known_distribution():
     """
     torch.manual_seed(0)
     network = make_network(2)
+    network.normalize = lambda obs: obs / 255
     network.features = nn.Sequential(nn.Flatten(), nn.Linear(4, 32), nn.ReLU())
     network.embedding = nn.Sequential(nn.Linear(64, 32), nn.ReLU())
     network.hidden = nn.Sequential(nn.Linear(32, 64), nn.ReLU())
@@ -357,6 +358,7 @@ def test_the_network_is_that_of_the_paper():
     """Equation 4, tau by tau: psi(s), times phi(tau), through a layer of 512 units and the last."""
     network, obs, taus = make_network(18), random_batch(3).obs, torch.rand(3, 2)
     weights = list(network.parameters())
+    weights[0] = F.pixel_shuffle(weights[0], 4)  # of blocks -> of pixels
     shapes = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (3136, 64), (512, 3136), (18, 512)]
     assert [tuple(weight.shape) for weight in weights[::2]] == shapes
     assert all(bias.shape == weight.shape[:1] for weight, bias in zip(weights[::2], weights[1::2]))

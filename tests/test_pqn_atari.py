@@ -100,6 +100,7 @@ def test_each_hidden_layer_is_normalised_before_its_activation():
     """A convolution over all its channels and places. Scale and shift are those of a channel."""
     network, x = make_network(18), frames().double() / 255
     weights = list(network.double().parameters())
+    weights[0] = F.pixel_shuffle(weights[0], 4)  # of blocks -> of pixels
     shapes = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512)]
     assert [tuple(w.shape) for w in weights if w.dim() > 1] == shapes
     assert [len(w) for w in weights[1:] if w.dim() == 1] == [32] * 3 + [64] * 6 + [512] * 3 + [18]

@@ -91,8 +91,8 @@ R, N = 20, 3  # rows, games
 def test_what_is_not_new_is_that_of_dqn_atari_and_c51_cartpole():
     """Where it is tested. (test_conventions.py compares functions of one name.)"""
     for other, parts in (
-        (dqn_atari, "QNetwork.normalize ReplayBuffer.open ReplayBuffer.close act evaluate Envs"),
-        (dqn_atari, "linear_epsilon update_target newest_frames RunningStatistics use_bfloat16"),
+        (dqn_atari, "ReplayBuffer.open ReplayBuffer.close act evaluate Envs"),
+        (dqn_atari, "linear_epsilon update_target RunningStatistics use_bfloat16"),
         (c51_cartpole, "expected_return of_actions"),
     ):
         for part in parts.split():
@@ -480,11 +480,29 @@ def test_adding_to_all_advantages_changes_nothing():
     torch.testing.assert_close(found.mean(1), values)
 
 
+@pytest.mark.parametrize("network, size", [("dqn", 4), ("small", 1)])
+def test_pixels_are_normalised_in_blocks(network, size):
+    """The statistics and what the network sees are of the same pixels."""
+    obs = dqn.random_batch(20).obs
+    obs[:, :, :20] //= 3
+    found, side = script.blocks(obs, size), 84 // size
+    assert found.shape == (20, side, side, 4, size**2) and found.dtype == torch.uint8
+    for y, x in itertools.product(range(84), repeat=2):
+        part = found[:, y // size, x // size, :, y % size * size + x % size]
+        assert torch.equal(part, obs[:, :, y, x])
+    net = make_network(3, network=network, norm_obs=True)
+    torch.testing.assert_close(make_network(3, network=network).normalize(obs).max().item(), 1.0)
+    net.obs_statistics.update(script.newest_frames(obs, size))
+    mean, deviation = obs[:, -1].float().mean(0), obs[:, -1].float().std(0, correction=0)
+    pixels = F.pixel_shuffle(net.normalize(obs), size)
+    torch.testing.assert_close(pixels, (obs - mean) / deviation, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dueling", [True, False])
 @pytest.mark.parametrize("distributional", [True, False])
 @pytest.mark.parametrize("noisy", [True, False])
 @pytest.mark.parametrize("network, kernels, features, hidden", [
-    ("dqn", [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)], 3136, 512),
+    ("dqn", [(32, 64, 2, 2), (64, 32, 4, 4), (64, 64, 3, 3)], 3136, 512),
     ("small", [(32, 4, 5, 5), (64, 32, 5, 5)], 576, 256),
 ])  # fmt: skip
 def test_networks(dueling, distributional, noisy, network, kernels, features, hidden):
@@ -506,7 +524,8 @@ def test_networks(dueling, distributional, noisy, network, kernels, features, hi
     obs = dqn.random_batch().obs
     x, strides = obs / 255, (4, 2, 1) if network == "dqn" else (5, 5)
     for layer, stride in zip(convolutions, strides):
-        x = F.conv2d(x, layer.weight, layer.bias, stride).relu()
+        weight = F.pixel_shuffle(layer.weight, 4) if stride == 4 else layer.weight
+        x = F.conv2d(x, weight, layer.bias, stride).relu()
     x = x.flatten(1)
 
     def stream(i):
