@@ -112,7 +112,7 @@ class Args:
     train_frequency: Steps = 1  # environment steps between updates
     gradient_steps: Count = 1  # gradient steps in an update
     hidden_size: SmallCount = 256  # units in each of the two hidden layers
-    autotune: bool = True  # learn the temperature, from 1 on, for an entropy of -K
+    autotune: bool = True  # learn the temperature, from 1 on, so that the entropy is H
     alpha: Weight = 0.2  # temperature (weight of the entropy) with --no-autotune
 
     exp_name: str = SCRIPT  # part of the name of the run's folder

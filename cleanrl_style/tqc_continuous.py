@@ -122,7 +122,7 @@ class Args:
     num_critics: SmallCount = 5  # critics (C)
     num_quantiles: SmallCount = 25  # quantiles of each return Z(s, a) (M)
     num_dropped: Annotated[int, 0, 4095] = 2  # highest quantiles left out of the target, per critic
-    autotune: bool = True  # learn the temperature, from 1 on, for an entropy of -K
+    autotune: bool = True  # learn the temperature, from 1 on, so that the entropy is H
     alpha: Weight = 0.2  # temperature (weight of the entropy) with --no-autotune
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
