@@ -38,6 +38,9 @@ Expect   Return of the policy without noise over 100 episodes, mean over seeds 1
          best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
          that had other work, too:
              Pendulum-v1     -151.9 (-163.4 to -142.4)   20k steps, 289 s
+         MuJoCo with the flags of HalfCheetah, 300k steps, seeds 1 and 2, on one core of an Intel
+         Xeon that had other work, too, in bfloat16:
+             HalfCheetah-v5  7580.6 (7430.8 to 7730.4)   29 min; after 100k steps 4404.3
 """
 
 import contextlib
