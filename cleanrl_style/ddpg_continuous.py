@@ -38,8 +38,8 @@ Expect   Return of the policy without noise over 100 episodes, mean over seeds 1
          best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
          that had other work, too:
              Pendulum-v1     -149.4 (-161.3 to -140.6)   20k steps, 152 s
-         MuJoCo with the flags of HalfCheetah, 300k steps, seed 1 alone, on one core of an Intel Xeon
-         that had other work, too, in bfloat16:
+         MuJoCo with the flags of HalfCheetah, 300k steps, seed 1 alone, on one core of an Intel
+         Xeon that had other work, too, in bfloat16:
              HalfCheetah-v5  6987.3   31 min; after 100k steps 3904.6
 """
 

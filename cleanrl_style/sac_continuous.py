@@ -38,8 +38,8 @@ Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1
          best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
          that had other work, too:
              Pendulum-v1     -146.5 (-158.1 to -139.2)   20k steps, 265 s
-         MuJoCo with the flags of HalfCheetah, 300k steps, seeds 1 to 3, on one core of an Intel Xeon
-         that had other work, too, in bfloat16:
+         MuJoCo with the flags of HalfCheetah, 300k steps, seeds 1 to 3, on one core of an Intel
+         Xeon that had other work, too, in bfloat16:
              HalfCheetah-v5  8000.6 (7602.6 to 8616.4)   36 min; after 100k steps 4892.5
              Hopper-v5       2174.1 (1502.4 to 3278.7)   41 min; after 100k steps 724.4
 """

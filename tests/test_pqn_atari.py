@@ -23,7 +23,7 @@ from test_dqn_atari import Table, stacks
 TINY = (
     "--total-timesteps 800 --num-envs 2 --num-steps 25 --num-minibatches 2 --update-epochs 1 "
     "--norm-obs --checkpoint-frequency 150 --eval-frequency 450 --eval-episodes 1 "
-    "--eval-epsilon 0.5 --num-threads 1 --precision float32"
+    "--eval-epsilon 0.5 --end-e 0.5 --num-threads 1 --precision float32"
 )
 OWN = "pixels"
 OWN_FLAGS = (
