@@ -26,15 +26,14 @@ Idea     Maximise the rewards plus alpha, the temperature, times the entropy of 
          Transitions (s, a, r, s') are drawn at random from a replay buffer. Q_target is a slowly
          following average of Q, so that y does not move with every step.
 Differs  The temperature is fixed, unless --autotune is given. In CartPole, entropy is earned for as
-         long as the pole stands. So the larger alpha is, the more it is worth to keep it standing;
-         pi gets no more random, and alpha grows on: beyond 10,000 in a trial with H = 0.89 log K.
-         The three gradients are taken at the same weights and make one step of Adam, whose rate
-         falls linearly to 0. Until learning starts, actions are uniform. At a time limit, y counts
-         the rewards that would have followed (it bootstraps). N environments are stepped in
-         parallel; updates are counted in single steps, so N does not change their number.
+         long as the pole stands. So the larger alpha is, the more it is worth to keep it standing:
+         pi gets no more random, and a learned alpha can grow without end. The three gradients are
+         taken at the same weights and make one step of Adam, whose rate falls linearly to 0. Until
+         learning starts, actions are uniform. At a time limit, y counts the rewards that would have
+         followed (it bootstraps). N environments are stepped in parallel; updates are counted in
+         single steps, so N does not change their number.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K actions.
 Run      python sac_cartpole.py
-         python sac_cartpole.py --autotune --target-entropy 0.5
 Expect   Return of the most probable actions over 100 episodes, mean over seeds 1 to 10 (worst to
          best seed), and median wall time with start-up and evaluation, with --compile, on one core
          of an Intel Xeon that had other work, too:

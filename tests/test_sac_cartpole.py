@@ -34,8 +34,6 @@ BAD = [
     ("--tau nan", "--tau"),
 ]
 LEARNS = [("--total-timesteps 10000", 100)]  # chance: 22
-# What others published, by the record's name after `<script>__`: shown beside our results.
-PUBLISHED = {}
 
 
 @pytest.mark.parametrize("other, name", [
