@@ -101,19 +101,22 @@ class Bench:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
-    def run(self, arguments: str, kill_after: float | None = None, timeout: int = 300) -> Ended:
-        """Runs to the end, or is killed after so many seconds. A fork saves PyTorch's import."""
+    def run(
+        self, arguments: str, kill_after: float | None = None, saves: int = 0, timeout: int = 300
+    ) -> Ended:
+        """Runs to the end, or is killed so many seconds after it wrote so many checkpoints.
+
+        A fork saves PyTorch's import.
+        """
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
             call = {
                 "arguments": [f"{self.script}.py", *shlex.split(arguments)], "out": out.name,
                 "err": err.name, "folder": str(self.folder), "environment": self.environment,
-                "seconds": kill_after or timeout,
+                "seconds": timeout, "kill_after": kill_after, "saves": saves,
             }  # fmt: skip
             print(json.dumps(call), file=fork_server().stdin, flush=True)
             ended = Ended(int(fork_server().stdout.readline()), out.read(), err.read())
-        assert kill_after or ended.code != -signal.SIGALRM, (
-            f"takes longer than {timeout} s\n{ended}"
-        )
+        assert ended.code != -signal.SIGALRM, f"takes longer than {timeout} s\n{ended}"
         return ended
 
     def train(self, arguments: str) -> Path:

@@ -2,8 +2,8 @@
 
 It imports what the scripts import, once, and forks for each command that it reads, a line of JSON.
 The child becomes what a new process would be: its folder, environment, standard streams and random
-numbers are its own. After so many seconds, a signal ends it at once, as `kill -9` does. Then the
-exit code is printed, negative if a signal ended it.
+numbers are its own. After so many seconds, a signal ends it at once. Then the exit code is printed,
+negative if a signal ended it.
 """
 
 import ast
@@ -15,6 +15,7 @@ import random
 import runpy
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -59,12 +60,29 @@ def run(script: str) -> int:
     return 0
 
 
+def wait(child: int, folder: str, kill_after: float | None, saves: int) -> int:
+    """Its exit status. kill -9 comes so many seconds after it wrote so many checkpoints."""
+    seen = set()  # when each was written
+    while len(seen) < saves:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        seen |= {path.stat().st_mtime_ns for path in Path(folder).glob("runs/*/checkpoint.pt")}
+        time.sleep(0.002)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
 for line in sys.stdin:
+    call = json.loads(line)
+    kill = {name: call.pop(name) for name in ("kill_after", "saves")}
     child = os.fork()
     if child == 0:
-        become(**json.loads(line))
+        become(**call)
         code = run(sys.argv[0])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # without tidying up the memory, which takes a second
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(os.waitstatus_to_exitcode(wait(child, call["folder"], **kill)), flush=True)

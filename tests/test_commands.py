@@ -132,23 +132,24 @@ def test_another_seed_other_weights(script, bench, reference):
     )
 
 
-def kill(bench, arguments, seconds):
-    """Starts a run that takes about so many seconds, and kills it at a random moment."""
-    low, high = 0, seconds
+def kill(bench, arguments, reference):
+    """Starts a run like the reference, and kills it at a random moment."""
+    args = state(reference.run_dir)["args"]
     for _ in range(20):
-        pause = random.uniform(low, high)
-        ended = bench.run(arguments, kill_after=pause)
-        found = [path.parent for path in (bench.folder / "runs").glob("*/checkpoint.pt")]
-        if ended.code < 0 and found:
-            print(f"killed after {pause:.3f} s, saved at step {state(found[0])['envs']['steps']}")
-            return found[0]
-        low, high = (pause, high) if ended.code < 0 else (low, pause)
-        shutil.rmtree(bench.folder / "runs", ignore_errors=True)
+        # The first is written at step 0, the last at the end.
+        saves = random.randint(1, args["total_timesteps"] // args["checkpoint_frequency"])
+        ended = bench.run(arguments, kill_after=random.uniform(0, 0.3), saves=saves)
+        assert ended.code <= 0, ended
+        (found,) = (path.parent for path in (bench.folder / "runs").glob("*/checkpoint.pt"))
+        if ended.code < 0:
+            print(f"killed after checkpoint {saves}, saved at step {state(found)['envs']['steps']}")
+            return found
+        shutil.rmtree(bench.folder / "runs")
     raise AssertionError("it cannot be killed between its first checkpoint and its end")
 
 
 def test_killed_and_resumed_is_as_if_nothing_happened(script, bench, reference):
-    run_dir = kill(bench, description(script).TINY, reference.seconds)
+    run_dir = kill(bench, description(script).TINY, reference)
     time.sleep(1)  # TensorBoard orders the files of a run by the second of their beginning
     ended = bench.run(f"--resume {run_dir}")
     assert ended.code == 0 and "Warning" not in ended.err, ended
@@ -172,9 +173,8 @@ def test_killed_and_resumed_is_as_if_nothing_happened(script, bench, reference):
 @pytest.mark.slow
 def test_compiled_it_computes_the_same_and_resumes_exactly(script, bench, reference):
     """To rounding, which is a small part of what was learned. Needs a C++ compiler."""
-    tiny, start = f"{description(script).TINY} --compile", time.monotonic()
+    tiny = f"{description(script).TINY} --compile"
     compiled = learned(bench.train(tiny))
-    seconds = time.monotonic() - start
     module = importlib.import_module(script)
     args = module.Args(**state(reference.run_dir)["args"])
     torch.manual_seed(args.seed)
@@ -187,7 +187,7 @@ def test_compiled_it_computes_the_same_and_resumes_exactly(script, bench, refere
     eager = learned(reference.run_dir)["network"]
     assert distance(compiled["network"], eager) < 0.2 * distance(begun, eager)
     shutil.rmtree(bench.folder / "runs")
-    run_dir = kill(bench, tiny, seconds)
+    run_dir = kill(bench, tiny, reference)
     assert same(learned(bench.train(f"--resume {run_dir}")), compiled)
 
 
