@@ -54,10 +54,10 @@ def description(script: str) -> ModuleType:
 
 
 @functools.cache
-def first() -> str:
-    """The shortest script for flat observations and discrete actions, to try the plumbing with."""
-    flat = [script for script in NAMES if description(script).OWN == "discrete"]
-    return min(flat, key=lambda script: path_of(script).stat().st_size)
+def first(kind: str = "discrete") -> str:
+    """The shortest script for this kind of environments; for discrete ones, to try the plumbing."""
+    scripts = [script for script in NAMES if description(script).OWN == kind]
+    return min(scripts, key=lambda script: path_of(script).stat().st_size)
 
 
 # ---- To run a script -----------------------------------------------------------------------------

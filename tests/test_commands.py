@@ -171,8 +171,11 @@ def test_killed_and_resumed_is_as_if_nothing_happened(script, bench, reference):
 
 
 @pytest.mark.slow
-def test_compiled_it_computes_the_same_and_resumes_exactly(script, bench, reference):
-    """To rounding, which is a small part of what was learned. Needs a C++ compiler."""
+def test_compiled_it_computes_the_same(script, bench, reference):
+    """To rounding, which is a small part of what was learned. Needs a C++ compiler.
+
+    The shortest script of each kind is killed and resumed with it, too: it resumes exactly.
+    """
     tiny = f"{description(script).TINY} --compile"
     compiled = learned(bench.train(tiny))
     module = importlib.import_module(script)
@@ -186,9 +189,10 @@ def test_compiled_it_computes_the_same_and_resumes_exactly(script, bench, refere
 
     eager = learned(reference.run_dir)["network"]
     assert distance(compiled["network"], eager) < 0.2 * distance(begun, eager)
-    shutil.rmtree(bench.folder / "runs")
-    run_dir = kill(bench, tiny, reference)
-    assert same(learned(bench.train(f"--resume {run_dir}")), compiled)
+    if script in map(first, cases.OWN):
+        shutil.rmtree(bench.folder / "runs")
+        run_dir = kill(bench, tiny, reference)
+        assert same(learned(bench.train(f"--resume {run_dir}")), compiled)
 
 
 def test_evaluate_repeats_the_result_and_changes_nothing(bench, reference):
