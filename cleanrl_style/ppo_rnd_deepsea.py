@@ -143,6 +143,8 @@ class DeepSea(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
 
     def __init__(self, size: int = 20, render_mode: str | None = None) -> None:
+        if size < 2:
+            raise ValueError("size must be at least 2")
         self.size, self.render_mode = size, render_mode
         self.observation_space = gym.spaces.Box(0, 1, (size * size,), np.float32)  # one is 1
         self.action_space = gym.spaces.Discrete(2)

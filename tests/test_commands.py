@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -256,7 +257,7 @@ def settings(script, tmp_path, flags=""):
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            sys, "argv", [f"{script}.py", *description(script).TINY.split(), *flags.split()]
+            sys, "argv", [f"{script}.py", *shlex.split(f"{description(script).TINY} {flags}")]
         )
         return dataclasses.replace(module.parse_args(), runs_dir=str(tmp_path))
 
