@@ -31,11 +31,11 @@ Idea     Soft actor-critic (SAC, sac_continuous.py) without target networks. As 
          random from a replay buffer.
 Differs  Critics have 256 units in a layer, like pi; the authors' have 2048 (--critic-hidden-size),
          64 times the work. The gradients are taken at the same weights and make one step of Adam;
-         the authors step the critics before they look at J_pi. Until learning starts, actions are uniform. At a time limit, y counts the rewards
-         that would have followed (it bootstraps). N environments are stepped in parallel; updates
-         are counted in single steps, so N does not change their number. Critics and log pi see
-         actions in (-1, 1), which are scaled to their bounds for the environment only: so H = -K,
-         in nats, means the same whatever the bounds.
+         the authors step the critics before they look at J_pi. Until learning starts, actions are
+         uniform. At a time limit, y counts the rewards that would have followed (it bootstraps). N
+         environments are stepped in parallel; updates are counted in single steps, so N does not
+         change their number. Critics and log pi see actions in (-1, 1), which are scaled to their
+         bounds for the environment only: so H = -K, in nats, means the same whatever the bounds.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action; M of
          a layer's inputs.
 Run      python crossq_continuous.py
