@@ -88,8 +88,39 @@ class Side(gym.Env):
         return self.show(), reward, self.t == 20, False, {}
 
 
+class Walk(gym.Env):
+    """To a goal at -3 or 3, in whole steps, and to stay there: what is less than 1/3 is no step.
+
+    Each of 6 steps pays 0 at the goal and -1 elsewhere. Best: -2.
+    """
+
+    BEST = -2.0
+    action_space = Box(-1, 1, (1,), np.float64)
+    observation_space = Dict({
+        "achieved_goal": Box(-6, 6, (1,), np.float64), "desired_goal": Box(-6, 6, (1,), np.float64),
+        "observation": Box(-9, 9, (2,), np.float64),
+    })  # fmt: skip
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t, self.goal = np.zeros(1), 0, self.np_random.choice([-3.0, 3.0], 1)
+        return self.show(), {}
+
+    def show(self):
+        observation = np.array([self.x[0], self.t])
+        return {"achieved_goal": self.x, "desired_goal": self.goal, "observation": observation}
+
+    def compute_reward(self, achieved, goals, info):
+        return np.float64((achieved == goals).all(-1)) - 1
+
+    def step(self, action):
+        self.x, self.t = self.x + np.sign(action) * (np.abs(action) >= 1 / 3), self.t + 1
+        reward = self.compute_reward(self.x, self.goal, {})
+        return self.show(), float(reward), False, self.t == 6, {}
+
+
 # With which of them each script is run: OWN in its test file.
-OWN = {"discrete": TwoStates, "continuous": Compass, "pixels": Side}
+OWN = {"discrete": TwoStates, "continuous": Compass, "pixels": Side, "goals": Walk}
 
 
 class Catch(gym.Env):
