@@ -44,7 +44,6 @@ LEARNS = [  # always the middle: 0
 PUBLISHED = {
     "HalfCheetah-v5": "SimbaV2's CrossQ 8112 (100k, v4)",
     "Hopper-v5": "SimbaV2's CrossQ 2764 (100k, v4)",
-    "Walker2d-v5": "SimbaV2's CrossQ 3914 (100k, v4)",
 }
 
 
