@@ -37,7 +37,13 @@ Shapes   N environments; B transitions of a batch; O numbers of an observation, 
          them; G of a goal; K of an action.
 Run      python her_continuous.py
          python her_continuous.py --hindsight 0    (SAC, for comparison)
-Expect   No record yet.
+Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 10 (worst to
+         best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
+         that had other work, too, with --compile --precision bfloat16. By arithmetic, on average,
+         straight to the goal is -6.5:
+             Reach-v0        -6.8 (-7.1 to -6.6)      10k steps, 75 s
+         With --hindsight 0, seeds 1 to 3:
+                             -50.0 (-50.0 to -50.0)   10k steps, 76 s
 """
 
 import contextlib

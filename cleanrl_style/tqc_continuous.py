@@ -49,6 +49,9 @@ Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1
          seed), and median wall time with start-up and evaluation, on one core of an Intel Xeon that
          had other work, too, with --compile --precision bfloat16:
              Pendulum-v1     -148.3 (-156.8 to -142.4)   20k steps, 366 s
+         MuJoCo with --num-critics 2 and the flags of HalfCheetah, in Hopper --num-dropped 5, 300k
+         steps, seed 1, on one core of an AMD EPYC that had other work, too, in bfloat16:
+             Hopper-v5       3284.9                      54 min; after 100k steps 955.1
 """
 
 import contextlib

@@ -76,6 +76,16 @@ def test_reach_by_hand():
     assert env.unwrapped.compute_reward(points, goals, {}).tolist() == [0, -1]
 
 
+def test_straight_to_the_goal_is_what_the_docstring_says():
+    random = np.random.default_rng(0)
+    goals, total = random.uniform(-1, 1, (200_000, 4)), 0.0
+    points = np.zeros_like(goals)
+    for _ in range(50):
+        points += (goals - points).clip(-0.1, 0.1)
+        total += script.Reach().compute_reward(points, goals, {}).mean()
+    assert f"straight to the goal is {total:.1f}:" in script.__doc__
+
+
 def test_reach_is_drawn_with_its_goal_and_its_point():
     env = script.Reach()
     for seed in range(20):
