@@ -45,13 +45,11 @@ Run      python tqc_continuous.py
          python tqc_continuous.py --env-id HalfCheetah-v5 --total-timesteps 300000 \
              --learning-rate 3e-4 --learning-starts 10000 --num-dropped 0 --compile \
              --precision auto    (needs gymnasium[mujoco])
-Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 7 (worst to best
-         seed), and median wall time with start-up and evaluation, on one core of an Intel Xeon that
-         had other work, too, with --compile --precision bfloat16:
-             Pendulum-v1     -148.3 (-156.8 to -142.4)   20k steps, 366 s
-         MuJoCo with --num-critics 2 and the flags of HalfCheetah, in Hopper --num-dropped 5, 300k
-         steps, seed 1, on one core of an AMD EPYC that had other work, too, in bfloat16:
-             Hopper-v5       3284.9                      54 min; after 100k steps 955.1
+Expect   Return of the deterministic policy over 100 episodes, mean over seeds (worst to best seed),
+         and median wall time with start-up and evaluation, on one core that had other work, too,
+         in bfloat16. MuJoCo with --num-critics 2, Hopper with --num-dropped 5:
+             Pendulum-v1     -148.3 (-156.8 to -142.4)   20k steps, 366 s     seeds 1 to 7, Xeon
+             Hopper-v5       3284.9                      300k steps, 54 min   seed 1, EPYC
 """
 
 import contextlib
