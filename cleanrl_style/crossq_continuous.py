@@ -41,7 +41,10 @@ Shapes   N environments; B transitions of a batch; O numbers of an observation; 
 Run      python crossq_continuous.py
          python crossq_continuous.py --env-id HalfCheetah-v5 --total-timesteps 100000 \
              --learning-starts 5000 --compile --precision auto    (needs gymnasium[mujoco])
-Expect   No record yet.
+Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 10 (worst to
+         best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
+         that had other work, too, with --compile --precision bfloat16:
+             Pendulum-v1     -149.5 (-163.7 to -140.7)   10k steps, 84 s
 """
 
 import contextlib
