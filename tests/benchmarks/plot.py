@@ -170,7 +170,9 @@ def label(record: Record, beside: list[Record]) -> str:
     """The algorithm's name, or the script's, if another script among these has that, too."""
     algorithm = record.script.split("_")[0]
     those = {other.script for other in beside if other.script.split("_")[0] == algorithm}
-    name = algorithm.upper() if len(those) == 1 else record.script
+    words = re.findall(r"[\w-]+", docstring(record.script).splitlines()[0])
+    names = [word for word in words if word.replace("-", "").lower() == algorithm]
+    name = [*names, algorithm.upper()][0] if len(those) == 1 else record.script
     return f"{name}, {record.variant}" if record.variant else name
 
 
