@@ -19,7 +19,8 @@ from torch.distributions import Categorical
 # The description for the common tests: README.md explains it.
 TINY = (
     "--total-timesteps 800 --num-envs 2 --num-steps 25 --num-minibatches 2 --update-epochs 1 "
-    "--norm-obs --checkpoint-frequency 150 --eval-frequency 450 --eval-episodes 1 --num-threads 1"
+    "--norm-obs --checkpoint-frequency 150 --eval-frequency 450 --eval-episodes 1 --num-threads 1 "
+    "--precision float32"
 )
 OWN = "pixels"
 OWN_FLAGS = (
