@@ -207,16 +207,17 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 def goal_columns(env: gym.Env) -> tuple[slice, slice]:
     """Where what was achieved and the goal stand in an observation that was made flat."""
-    space = env.get_wrapper_attr("env").observation_space
+    space = env.env.observation_space  # before that
     parts = space.spaces if isinstance(space, gym.spaces.Dict) else {}
-    sizes = [gym.spaces.flatdim(part) for part in parts.values()]
-    ends = dict(zip(parts, np.cumsum(sizes, dtype=int).tolist()))
-    columns = [slice(ends[name] - gym.spaces.flatdim(parts[name]), ends[name])
-               for name in ("achieved_goal", "desired_goal") if name in parts]  # fmt: skip
-    if len(columns) < 2 or not hasattr(env.unwrapped, "compute_reward"):
+    columns, start = {}, 0
+    for name, part in parts.items():
+        columns[name] = slice(start, start + gym.spaces.flatdim(part))
+        start = columns[name].stop
+    named = {"achieved_goal", "desired_goal"} <= columns.keys()
+    if not (named and hasattr(env.unwrapped, "compute_reward")):
         raise UsageError(f"needs achieved_goal and desired_goal in its observations, and a method "
                          f"compute_reward; {env.spec.id} has {space}")  # fmt: skip
-    return columns[0], columns[1]
+    return columns["achieved_goal"], columns["desired_goal"]
 
 
 class Bfloat16Linear(nn.Linear):

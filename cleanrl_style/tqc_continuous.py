@@ -33,11 +33,11 @@ Idea     Soft actor-critic (SAC) with other critics and another target. The poli
          are drawn at random from a replay buffer. The target critics are a slowly following average
          of the critics, so that y does not move with every step.
 Differs  The critics have two hidden layers of 256 units; the paper's have three of 512. The three
-         gradients are taken at the same weights and make one step of Adam. Until learning starts,
-         actions are uniform. At a time limit, y counts the rewards that would have followed (it
-         bootstraps). N environments are stepped in parallel; updates are counted in single steps,
-         so N does not change their number. Critics and log pi see actions in (-1, 1), scaled to
-         bounds for the environment only: so H = -K, in nats, means the same whatever the bounds.
+         gradients are taken at the same weights and make one step of Adam. J_alpha has alpha where
+         the authors' code has its logarithm. Until learning starts, actions are uniform. At a time
+         limit, y counts the rewards that would have followed (it bootstraps). N environments are
+         stepped in parallel; updates are counted in single steps, so N does not change their
+         number. Critics and log pi see actions in (-1, 1): H = -K, in nats, for any bounds.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action;
          C critics; M quantiles of each.
 Run      python tqc_continuous.py
