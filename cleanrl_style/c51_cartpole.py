@@ -91,7 +91,7 @@ class Args:
     total_timesteps: Steps = 100_000  # environment steps to train for, at least
     num_envs: SmallCount = 4  # parallel environments (N)
 
-    learning_rate: Positive = 2.5e-3  # step size of Adam
+    learning_rate: Positive = 2.5e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     buffer_size: Size = 100_000  # transitions in the replay buffer
     gamma: Fraction = 0.99  # discount factor

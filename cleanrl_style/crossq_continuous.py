@@ -108,7 +108,7 @@ class Args:
     total_timesteps: Steps = 10_000  # environment steps to train for, at least
     num_envs: SmallCount = 1  # parallel environments (N)
 
-    learning_rate: Positive = 1e-3  # step size of Adam
+    learning_rate: Positive = 1e-3  # step size of the optimizer
     buffer_size: Size = 1_000_000  # transitions in the replay buffer
     gamma: Fraction = 0.99  # discount factor
     batch_size: Count = 256  # transitions in a minibatch (B)

@@ -105,7 +105,7 @@ class Args:
     total_timesteps: Steps = 10_000  # environment steps to train for, at least
     num_envs: SmallCount = 1  # parallel environments (N)
 
-    learning_rate: Positive = 1e-3  # step size of Adam
+    learning_rate: Positive = 1e-3  # step size of the optimizer
     buffer_size: Size = 1_000_000  # transitions in the replay buffer
     gamma: Fraction = 0.95  # discount factor
     hindsight: Fraction = 0.8  # share of transitions with a goal that was reached later (p)

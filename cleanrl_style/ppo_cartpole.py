@@ -97,7 +97,7 @@ class Args:
     total_timesteps: Steps = 100_000  # environment steps to train for, at least
     num_envs: SmallCount = 8  # parallel environments (N)
 
-    learning_rate: Positive = 1e-3  # step size of Adam
+    learning_rate: Positive = 1e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     num_steps: Count = 32  # steps of each environment in a rollout (T)
     gamma: Fraction = 0.98  # discount factor

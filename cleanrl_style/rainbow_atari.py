@@ -109,7 +109,7 @@ class Args:
     total_timesteps: Steps = 10_000_000  # environment steps to train for, at least
     num_envs: SmallCount = 8  # parallel environments (N)
 
-    learning_rate: Positive = 6.25e-5  # step size of Adam
+    learning_rate: Positive = 6.25e-5  # step size of the optimizer
     adam_epsilon: Positive = 1.5e-4  # is added to the denominator of Adam's step
     anneal_lr: bool = False  # lower the learning rate linearly to 0 over the run
     buffer_size: Size = 1_000_000  # transitions in the replay buffer

@@ -90,7 +90,7 @@ class Args:
     total_timesteps: Steps = 100_000  # environment steps to train for, at least
     num_envs: SmallCount = 8  # parallel environments (N)
 
-    learning_rate: Positive = 1e-2  # step size of Adam
+    learning_rate: Positive = 1e-2  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     gamma: Fraction = 0.99  # discount factor
     normalize_returns: bool = True  # subtract the baseline, scale to standard deviation 1

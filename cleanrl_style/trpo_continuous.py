@@ -100,7 +100,7 @@ class Args:
     total_timesteps: Steps = 200_000  # environment steps to train for, at least
     num_envs: SmallCount = 4  # parallel environments (N)
 
-    learning_rate: Positive = 1e-3  # step size of Adam
+    learning_rate: Positive = 1e-3  # step size of the optimizer
     num_steps: Count = 512  # steps of each environment in a rollout (T)
     gamma: Fraction = 0.9  # discount factor
     gae_lambda: Fraction = 0.95  # lambda of GAE; 0: one-step TD error, 1: Monte Carlo return
