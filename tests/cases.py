@@ -119,8 +119,42 @@ class Walk(gym.Env):
         return self.show(), float(reward), False, self.t == 6, {}
 
 
+class Nim(gym.Env):
+    """A heap of 6; two players take 1 to 3 of it in turn. Who takes the last one wins. Best: 1.
+
+    That is to leave 4, whatever follows. The opponent does so where it can, and else takes 1.
+    """
+
+    BEST = 1.0
+    observation_space, action_space = Box(0, 6, (1,), np.float32), Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.heap = 6
+        return np.float32([self.heap]), {}
+
+    def step(self, action):
+        self.heap -= int(action) + 1
+        if self.heap <= 0:
+            return np.float32([self.heap]), 1.0 if self.heap == 0 else -1.0, True, False, {}
+        self.heap -= self.heap % 4 or 1
+        return np.float32([self.heap]), -float(self.heap == 0), self.heap == 0, False, {}
+
+    def first_board(self):
+        return np.float32([6])
+
+    def legal_actions(self, boards):
+        return boards >= np.arange(1, 4)
+
+    def move(self, boards, actions):
+        return boards - (actions[:, None] + 1)
+
+    def has_lost(self, boards):
+        return boards[:, 0] == 0
+
+
 # With which of them each script is run: OWN in its test file.
-OWN = {"discrete": TwoStates, "continuous": Compass, "pixels": Side, "goals": Walk}
+OWN = {"discrete": TwoStates, "continuous": Compass, "pixels": Side, "goals": Walk, "boards": Nim}
 
 
 class Catch(gym.Env):
