@@ -1,4 +1,4 @@
-"""The mathematics of stream_q_cartpole.py: by hand, against Watkins' algorithm in a table.
+"""The mathematics of streamq_cartpole.py: by hand, against Watkins' algorithm in a table.
 
 What dqn_cartpole.py and ppo_continuous.py have word for word is tested there.
 """
@@ -11,7 +11,7 @@ import dqn_cartpole
 import numpy as np
 import ppo_continuous
 import pytest
-import stream_q_cartpole as script
+import streamq_cartpole as script
 import torch
 from diary import Diary, check_episodes, check_settings, recorded, side_by_side, train
 from torch import nn

@@ -5,33 +5,35 @@
 #   "tqdm>=4.66.0",
 # ]
 # ///
-"""Streaming Q-learning, Q(lambda), for flat observations and discrete actions.
+"""Recurrent replay Q-learning (R2D2) for flat observations and discrete actions.
 
-Paper    Elsayed, Vasan, Mahmood (2024), "Streaming deep reinforcement learning finally works",
-         stream Q(lambda). Watkins (1989), "Learning from delayed rewards", the trace that is cut.
-Idea     Learn Q(s, a) as DQN does, but from each step once, when it happens, and forget it: no
-         replay buffer, no batch, no target network. That this is unstable has two remedies here.
-         A trace z remembers, in the place of old steps, which weights they depended on, so that one
-         TD error teaches the Q of all steps that led to it:
+Paper    Kapturowski et al. (2019), "Recurrent experience replay in distributed reinforcement
+         learning". Priorities: Schaul et al. (2016), "Prioritized experience replay". h: Pohlen et
+         al. (2018), "Observe and look further".
+Idea     DQN for what one observation does not tell: here, CartPole's two velocities are hidden. An
+         LSTM carries a state from step to step, and Q(s, a) can depend on all that was seen of the
+         episode. From a replay buffer it cannot learn step by step, as an old state was made by old
+         weights. So it learns from sequences of T steps. The state with which a sequence was
+         played is stored, and the steps before the sequence renew it (burn-in), without a gradient.
 
-             delta = r + gamma * max_a' Q(s', a') - Q(s, a)     without gamma, if it terminated
-             z    <- gamma * lambda * z + gradient of Q(s, a)   z = 0 first, where a is not greedy
-             w    <- w + step * delta * z
-             step  = min(alpha, 1 / (kappa * max(|delta|, 1) * sum |z|))
+             a*      = argmax_a' Q(s', a')                         (double Q-learning)
+             y       = h(r + gamma * h^-1(Q_target(s', a*)))       or h(r), if it terminated
+             h(x)    = sign(x) * (sqrt(|x| + 1) - 1) + 0.001 * x   makes large returns small
+             delta   = y - Q(s, a)
+             loss    = mean of weight * delta^2                    over B sequences of T steps
+             p       = (0.9 * max |delta| + 0.1 * mean |delta|)^alpha       of a sequence
 
-         The last line is overshooting-bounded gradient descent (ObGD): were Q linear, the step
-         would change Q(s, a) by step * delta * z . gradient. It is so small that this does not
-         exceed delta / kappa, and delta does not change its sign, while no gradient exceeds 1. The
-         network, too, is made for it: most weights are 0 at first, so that two states share few of
-         them; each layer is normalised; so are observations and rewards, by running statistics.
-Differs  At a time limit, delta counts the rewards that would have followed (it bootstraps); the
-         authors stop there, and add the time to the observation. The trace is cut before a step
-         that is not greedy, as Watkins does; the authors' code cuts it after this step. At first,
-         each unit has at least one weight that is not 0; of four inputs, theirs has none. With N
-         environments, each has its trace, and they learn in turn.
-Shapes   N environments; O numbers of an observation; K actions; W weights of the network.
-Run      python stream_q_cartpole.py
-         python stream_q_cartpole.py --env-id Acrobot-v1
+         Sequences are drawn in proportion to p. The weight, (1 / probability)^beta, corrects for
+         this, and is divided by the largest one of the batch.
+Differs  One process in place of 256 actors; targets of one step in place of five; no dueling
+         streams. A sequence goes on over the end of an episode, where the state becomes 0, and
+         sequences do not overlap, but for their burn-in. beta rises to 1. At a time limit, y counts
+         the rewards that would have followed (it bootstraps), from the state that led there.
+         load_policy's policy remembers all its calls: load it anew for each episode.
+Shapes   N environments; B sequences of a batch, T steps of each after L - T of burn-in; O numbers
+         of an observation; K actions; H units of the LSTM. Row t is the step from t to t+1.
+Run      python r2d2_cartpole.py
+         python r2d2_cartpole.py --env-id Acrobot-v1 --hide=    (hides nothing)
 Expect   No record yet.
 """
 
@@ -68,37 +70,53 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-SCRIPT = "stream_q_cartpole"  # named in checkpoints and messages
+SCRIPT = "r2d2_cartpole"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
+HIDDEN = 64  # units of the LSTM (H)
+EPSILON = 1e-3  # weight of the linear part of h
+LEAST_ERROR = 1e-6  # is added to errors, so that no priority is 0
 
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
 Frequency = Annotated[int, 0, 10**12]  # interval in steps; 0: never
+Size = Annotated[int, 1, 10**8]
 Count = Annotated[int, 1, 10**6]
 SmallCount = Annotated[int, 1, 4096]
 Fraction = Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-30, 1e30]
+Weight = Annotated[float, 0, 1e30]
 
 
 @dataclass(frozen=True)
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium environment, or my_module:MyEnv-v0
     env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
+    hide: str = "1,3"  # numbers of the observation hidden from the agent, from 0; empty: none
     seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
     total_timesteps: Steps = 200_000  # environment steps to train for, at least
-    num_envs: SmallCount = 1  # parallel environments (N)
+    num_envs: SmallCount = 4  # parallel environments (N)
 
-    learning_rate: Positive = 1.0  # step size of the optimizer
-    kappa: Positive = 2.0  # the optimizer may correct a TD error by 1 / kappa; from 1 on
+    learning_rate: Positive = 1e-3  # step size of the optimizer
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
+    buffer_size: Size = 50_000  # transitions in the replay buffer
     gamma: Fraction = 0.99  # discount factor
-    q_lambda: Fraction = 0.8  # lambda of Q(lambda); 0: one-step target, 1: Monte Carlo return
+    tau: Fraction = 1.0  # step of the target network towards the Q-network; 1: a copy
+    target_network_frequency: Steps = 2_000  # environment steps between updates of it
+    sequence_length: SmallCount = 16  # steps of a sequence that are learned from (T)
+    burn_in: Annotated[int, 0, 4096] = 8  # steps before it, which renew the state (L - T)
+    num_sequences: Count = 16  # sequences in a minibatch (B)
+    prioritized_replay_alpha: Fraction = 0.5  # power of the error; 0: all are drawn equally often
+    prioritized_replay_beta: Fraction = 0.4  # power that corrects for it, at first; at the end 1
+    priority_eta: Fraction = 0.9  # share of a sequence's largest error in its priority, not of all
+    rescale: bool = True  # learn h(Q) in place of Q, so that large returns have small errors
     start_e: Fraction = 1.0  # epsilon, the probability of a random action, at the start
-    end_e: Fraction = 0.01  # epsilon after its decay
-    exploration_fraction: Fraction = 0.1  # fraction of total-timesteps over which epsilon decays
-    hidden_size: SmallCount = 32  # units in each of the two hidden layers
-    sparsity: Fraction = 0.9  # share of the weights that are 0 at first
-    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
-    norm_reward: bool = True  # divide rewards by the running standard deviation of returns
+    end_e: Fraction = 0.05  # epsilon after its decay
+    exploration_fraction: Fraction = 0.2  # fraction of total-timesteps over which epsilon decays
+    learning_starts: Steps = 1_000  # environment steps before the first update
+    train_frequency: Steps = 8  # environment steps between updates
+    gradient_steps: Count = 1  # gradient steps in an update
+    max_grad_norm: Weight = 10.0  # largest norm of the gradient; 0: not clipped
+    memory: bool = True  # carry h and c from step to step; if not, they are always 0
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
@@ -114,66 +132,85 @@ class Args:
 
     def __post_init__(self) -> None:
         check(self)
+        if not re.fullmatch(r"(\d+(,\d+)*)?", self.hide, re.ASCII):
+            raise ValueError(f"--hide must be like 1,3 or empty, not {self.hide!r}")
+        if self.burn_in > self.sequence_length:
+            raise ValueError("--burn-in must be at most --sequence-length")
+        steps = self.sequence_length * self.num_envs  # of all sequences that are played at once
+        if self.learning_starts < 2 * steps:
+            raise ValueError(
+                "--learning-starts must be at least 2 * --sequence-length * --num-envs"
+            )
+        if self.buffer_size < max(3 * steps, self.learning_starts):
+            raise ValueError("--buffer-size must be at least --learning-starts, and 3 * "
+                             "--sequence-length * --num-envs")  # fmt: skip
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be less than --total-timesteps")
 
 
 # ---- Environment and network ---------------------------------------------------------------------
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """One environment with flat observations and discrete actions."""
+    """One environment with flat observations, of which --hide leaves some, and discrete actions."""
     env = make_flat_env(args, render_mode)
     if not isinstance(env.action_space, gym.spaces.Discrete):
         raise UsageError(f"needs Discrete actions; {args.env_id} has {env.action_space}")
+    (size,) = env.observation_space.shape
+    if max(hidden(args), default=-1) >= size or len(hidden(args)) == size:
+        raise UsageError(f"--hide {args.hide} must be among the numbers 0 to {size - 1} that "
+                         f"{args.env_id} shows, and leave one")  # fmt: skip
     return env
 
 
-def sparse_layer(inputs: int, outputs: int, sparsity: float) -> nn.Linear:
-    """A linear layer of which this share of the weights into each unit is 0, but not all of them.
+def hidden(args: Args) -> set[int]:
+    """The numbers of an observation that the agent does not see."""
+    return {int(i) for i in args.hide.split(",") if i}
 
-    The others are uniform within 1 / sqrt(inputs). Biases are 0.
-    """
+
+def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    """A linear layer, initialised with an orthogonal matrix times gain, and biases of 0."""
     linear = nn.Linear(inputs, outputs)
-    num_zeros = min(int(sparsity * inputs), inputs - 1)
-    zeros = torch.rand(outputs, inputs).argsort(1)[:, :num_zeros]
-    with torch.no_grad():
-        linear.weight.uniform_(-1, 1).div_(math.sqrt(inputs)).scatter_(1, zeros, 0)
-        linear.bias.zero_()
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
     return linear
 
 
-def layer_norm(size: int) -> nn.LayerNorm:
-    """Gives the units of a layer a mean of 0 and a standard deviation of 1. Learns nothing."""
-    return nn.LayerNorm(size, elementwise_affine=False)
-
-
 class QNetwork(nn.Module):
-    """Q(s, .): two hidden layers, sparse and normalised. Output a is the value of action a."""
+    """Q(s, .), where s is what was seen of the episode: a layer, an LSTM, a layer."""
 
-    def __init__(self, obs_size: int, num_actions: int, args: Args) -> None:
+    def __init__(self, obs_size: int, num_actions: int, hide: set[int], memory: bool) -> None:
         super().__init__()
-        size, sparsity = args.hidden_size, args.sparsity
-        self.obs_statistics = RunningStatistics(obs_size) if args.norm_obs else None
-        self.layers = nn.Sequential(
-            sparse_layer(obs_size, size, sparsity), layer_norm(size), nn.LeakyReLU(0.01),
-            sparse_layer(size, size, sparsity), layer_norm(size), nn.LeakyReLU(0.01),
-            sparse_layer(size, num_actions, sparsity),
-        )  # fmt: skip
+        self.memory = memory
+        self.seen = [i for i in range(obs_size) if i not in hide]
+        self.encoder = layer(len(self.seen), 64)
+        self.input_gates = layer(64, 4 * HIDDEN, 1.0)  # W and b of i, f, g, o
+        self.hidden_gates = layer(HIDDEN, 4 * HIDDEN, 1.0)  # U of the same
+        self.head = layer(HIDDEN, num_actions, 1.0)
+        self.state = None  # of the episodes that `play` plays; no part of the checkpoint
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Observations (B, O) -> Q(s, .) (B, K)."""
-        return self.layers(self.normalize(obs))
+    def forward(self, obs: Tensor, state: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """T steps of N sequences: obs (T, N, O), the state before the first of them (2, N, H), and
+        whether an episode ended with a step (T, N) -> Q(s, .) (T, N, K), and the state after each
+        observation (2, T, N, H).
 
-    def normalize(self, obs: Tensor) -> Tensor:
-        """Observations (..., O) -> what the networks see."""
-        if self.obs_statistics is None:
-            return obs
-        mean, variance = self.obs_statistics.mean, self.obs_statistics.variance
-        return ((obs - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10)
+        After an end, of either kind, the next step starts from a state of 0.
+        """
+        inputs = self.encoder(obs[..., self.seen]).relu()
+        (h, c), states = state * self.memory, []
+        for gates, goes_on in zip(self.input_gates(inputs), ~ended[..., None] & self.memory):
+            i, f, g, o = (gates + self.hidden_gates(h)).chunk(4, dim=-1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            states.append(torch.stack([h, c]))
+            h, c = h * goes_on, c * goes_on
+        states = torch.stack(states, dim=1)
+        return self.head(states[0]), states
 
 
 def make_network(args: Args, envs: "Envs") -> QNetwork:
-    """A Q-network for these environments, sparse at first."""
-    return QNetwork(envs.obs.shape[1], int(envs.action_space.n), args)
+    """A Q-network for these environments, which sees what --hide leaves."""
+    return QNetwork(envs.obs.shape[1], int(envs.action_space.n), hidden(args), args.memory)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -185,140 +222,260 @@ def linear_epsilon(step: int, start: float, end: float, duration: float) -> floa
 
 
 class Actor:
-    """The Q-network with all its normalisation in NumPy: several times as fast for a few rows.
+    """The Q-network in NumPy: for a few rows, it is several times as fast as in PyTorch.
 
     It shares the weights of a network on the CPU. Of one on a GPU, it is a copy.
     """
 
     def __init__(self, q_network: QNetwork) -> None:
-        weights = [weight.detach().cpu().numpy() for weight in q_network.layers.parameters()]
-        self.layers = list(zip(weights[::2], weights[1::2]))
-        self.statistics = None
-        if q_network.obs_statistics is not None:
-            mean, variance = q_network.obs_statistics.mean, q_network.obs_statistics.variance
-            self.statistics = mean.cpu().numpy(), (variance + 1e-8).sqrt().cpu().numpy()
+        network = q_network
+        parts = network.encoder, network.input_gates, network.hidden_gates, network.head
+        self.layers = [[w.detach().cpu().numpy() for w in part.parameters()] for part in parts]
+        self.seen, self.memory = network.seen, network.memory
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """Observations (N, O) -> Q(s, .) (N, K)."""
-        if self.statistics is not None:
-            mean, deviation = self.statistics
-            obs = ((obs - mean) / deviation).clip(-10, 10)
-        for weight, bias in self.layers[:-1]:
-            x = obs @ weight.T + bias
-            x -= x.mean(1, keepdims=True)
-            x /= np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5)  # 1e-5 as in nn.LayerNorm
-            obs = np.maximum(x, 0.01 * x)
-        weight, bias = self.layers[-1]
-        return obs @ weight.T + bias
+    def __call__(self, obs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Observations (N, O), state (2, N, H) -> Q(s, .) (N, K), next state."""
+        (w, b), (w_x, b_x), (w_h, b_h), (w_head, b_head) = self.layers
+        inputs, (h, c) = np.maximum(obs[:, self.seen] @ w.T + b, 0), state * self.memory
+        i, f, g, o = np.split(inputs @ w_x.T + b_x + h @ w_h.T + b_h, 4, axis=-1)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        return h @ w_head.T + b_head, np.stack([h, c])
 
 
-def act(actor: Actor, obs: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
-    """Epsilon-greedy actions, and whether they are greedy: observations (N, O) -> (N,), (N,)."""
-    best = actor(obs)
-    num_envs, num_actions = best.shape
-    best = best.argmax(1)
-    explore = torch.rand(num_envs).numpy() < epsilon
-    actions = np.where(explore, torch.randint(num_actions, (num_envs,)).numpy(), best)
-    return actions, actions == best
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), in a form that cannot overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
-def td_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """y = r + gamma * max_a' Q_target(s', a'), or r if terminated: (B,), (B,), (B, K) -> (B,)."""
-    return rewards + gamma * next_q.max(1).values * ~terminated
+def act(
+    actor: Actor, obs: np.ndarray, state: np.ndarray, epsilon: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Epsilon-greedy actions: observations (N, O), state (2, N, H) -> (N,), next state."""
+    q_values, state = actor(obs, state)
+    explore = torch.rand(len(q_values)).numpy() < epsilon
+    random_actions = torch.randint(q_values.shape[1], (len(q_values),)).numpy()
+    return np.where(explore, random_actions, q_values.argmax(1)), state
 
 
-def bounded_step_size(trace: Tensor, td_error: Tensor, alpha: float, kappa: float) -> Tensor:
-    """min(alpha, 1 / (kappa * max(|delta|, 1) * sum |z|)), of ObGD: (W,), scalar -> scalar."""
-    bound = kappa * td_error.abs().clamp(min=1) * trace.abs().sum()
-    return (1 / bound).clamp(max=alpha)
+def rescale(x: Tensor) -> Tensor:
+    """h(x) = sign(x) * (sqrt(|x| + 1) - 1) + 0.001 * x."""
+    return x.sign() * ((x.abs() + 1).sqrt() - 1) + EPSILON * x
 
 
-class Batch(NamedTuple):
-    """B transitions. Row b of each:"""
-
-    obs: Tensor  # observation, (B, O)
-    actions: Tensor  # action, (B,)
-    rewards: Tensor  # reward, (B,)
-    next_obs: Tensor  # next observation; at the end of an episode its last one, (B, O)
-    terminated: Tensor  # whether the episode terminated; False if truncated, (B,)
+def unscale(x: Tensor) -> Tensor:
+    """h^-1(x), whose closed form is the solution of a quadratic equation."""
+    root = (1 + 4 * EPSILON * (x.abs() + 1 + EPSILON)).sqrt()
+    return x.sign() * (((root - 1) / (2 * EPSILON)).square() - 1)
 
 
-def compute_step(
-    q_network: nn.Module, trace: Tensor, decay: Tensor, batch: Batch, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The step of all weights for one transition (B = 1): trace (W,), decay () -> step (W,), metrics.
-
-    The trace decays, and the gradient of Q(s, a) is added to it.
+def double_q_target(
+    rewards: Tensor, terminated: Tensor, next_q: Tensor, next_target_q: Tensor, args: Args
+) -> Tensor:
+    """y = h(r + gamma * h^-1(Q_target(s', a*))), or h(r) if terminated, a* = argmax_a' Q(s', a'):
+    two of (T, B), two of (T, B, K) -> (T, B). Without --rescale, h(x) = x.
     """
-    with torch.no_grad():
-        next_q = q_network(batch.next_obs)
-        target = td_target(batch.rewards, batch.terminated, next_q, args.gamma)
-    q_value = q_network(batch.obs).gather(1, batch.actions[:, None]).sum()
-    q_value.backward()
-    with torch.no_grad():
-        td_error = target.sum() - q_value
-        trace.mul_(decay).add_(torch.cat([w.grad.flatten() for w in q_network.parameters()]))
-        step_size = bounded_step_size(trace, td_error, args.learning_rate, args.kappa)
-        metrics = {"losses/td_loss": td_error.square(), "losses/q_values": q_value.detach()}
-        return step_size * td_error * trace, metrics
+    best = next_q.argmax(-1, keepdim=True)
+    next_values = next_target_q.gather(-1, best).squeeze(-1)
+    if not args.rescale:
+        return rewards + args.gamma * next_values * ~terminated
+    return rescale(rewards + args.gamma * unscale(next_values) * ~terminated)
+
+
+def sequence_priorities(errors: Tensor, eta: float) -> Tensor:
+    """eta * max |delta| + (1 - eta) * mean |delta| over the T steps: (T, B) -> (B,)."""
+    return eta * errors.abs().amax(0) + (1 - eta) * errors.abs().mean(0)
+
+
+def importance_weights(probs: Tensor, beta: float) -> Tensor:
+    """w = (R N P)^-beta / max w, from which R N cancels: Schaul et al. (2016): (B,) -> (B,)."""
+    return (probs / probs.min()) ** -beta
 
 
 @torch.no_grad()
+def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
+    """Each weight of the target network <- (1 - tau) * itself + tau * the Q-network's."""
+    for target, source in zip(target_network.parameters(), q_network.parameters()):
+        target.lerp_(source, tau)
+
+
+class Batch(NamedTuple):
+    """B sequences of L steps, the first ones for burn-in. Column b of each:"""
+
+    obs: Tensor  # observation, (L, B, O)
+    actions: Tensor  # action, (L, B)
+    rewards: Tensor  # reward, (L, B)
+    next_obs: Tensor  # next observation; at the end of an episode its last one, (L, B, O)
+    terminated: Tensor  # whether the episode terminated; False if truncated, (L, B)
+    ended: Tensor  # whether it did either, (L, B)
+    state: Tensor  # h and c of the LSTM before the first step, when it was played, (2, B, H)
+    weights: Tensor  # importance weight, (B,)
+
+
+def q_of_sequence(q_network: nn.Module, batch: Batch, burn_in: int) -> tuple[Tensor, Tensor]:
+    """Q(s, .) and Q(s', .) of the T steps after the burn-in: two of (T, B, K).
+
+    s' is next_obs after all that was seen before it. No gradient flows into the burn-in, or Q(s').
+    """
+    obs, next_obs, ended, state = batch.obs, batch.next_obs, batch.ended, batch.state
+    if burn_in > 0:
+        with torch.no_grad():
+            _, states = q_network(obs[:burn_in], state, ended[:burn_in])
+            state = states[:, -1] * ~ended[burn_in - 1, :, None]
+    q_values, states = q_network(obs[burn_in:], state, ended[burn_in:])
+    with torch.no_grad():  # T * B sequences of one step
+        rows, before = next_obs[burn_in:].flatten(0, 1)[None], states.detach().flatten(1, 2)
+        next_q, _ = q_network(rows, before, ended[burn_in:].flatten()[None])
+    return q_values, next_q.view_as(q_values)
+
+
+def compute_gradient(
+    q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradient of the loss, through time, on B sequences -> TD errors (T, B), metrics."""
+    q_values, next_q = q_of_sequence(q_network, batch, args.burn_in)
+    with torch.no_grad():  # the target is a constant
+        _, next_target_q = q_of_sequence(target_network, batch, args.burn_in)
+        rewards, terminated = batch.rewards[args.burn_in :], batch.terminated[args.burn_in :]
+        target = double_q_target(rewards, terminated, next_q, next_target_q, args)
+    q_values = q_values.gather(-1, batch.actions[args.burn_in :, :, None]).squeeze(-1)
+    errors = target - q_values
+    loss = (batch.weights * errors.square()).mean()
+    loss.backward()
+    if args.max_grad_norm > 0:
+        nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+    metrics = {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+    return errors.detach(), metrics
+
+
 def update(
-    q_network: nn.Module, trace: Tensor, decay: Tensor, batch: Batch, args: Args
-) -> dict[str, Tensor]:
-    """One step of ObGD on one transition (B = 1), which changes the trace (W,), too -> metrics."""
-    q_network.zero_grad()
-    with torch.enable_grad():
-        step, metrics = compiled(compute_step, args)(q_network, trace, decay, batch, args)
-    weights = list(q_network.parameters())
-    for weight, part in zip(weights, step.split([weight.numel() for weight in weights])):
-        weight.add_(part.view_as(weight))
-    return metrics
+    q_network: nn.Module, target_network: nn.Module, optimizer: torch.optim.Optimizer,
+    batch: Batch, args: Args,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """One gradient step on B sequences -> TD errors (T, B), metrics."""
+    optimizer.zero_grad()
+    function = compiled(compute_gradient, args)
+    errors, metrics = function(q_network, target_network, batch, args)
+    optimizer.step()
+    return errors, metrics
 
 
-# ---- Normalisation -------------------------------------------------------------------------------
+# ---- Memory --------------------------------------------------------------------------------------
 
 
-class RunningStatistics(nn.Module):
-    """Mean and variance of all rows so far. As buffers, they are saved with the network."""
+class SumTree:
+    """Priorities (size,), of which one is drawn with a probability in proportion to it.
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0.0))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Adds (B, size) rows: Chan et al. (1979), "Updating formulae", equation 2.1."""
-        total = self.count + len(rows)
-        difference = rows.mean(0) - self.mean
-        squares = self.variance * self.count + rows.var(0, correction=0) * len(rows)
-        self.variance.copy_((squares + difference**2 * self.count * len(rows) / total) / total)
-        self.mean += difference * len(rows) / total
-        self.count.copy_(total)
-
-
-class RewardScaler(nn.Module):
-    """Divides rewards by the running standard deviation of R_t = r_t + gamma * R_{t-1}.
-
-    Rewards are not shifted: this would change which policy is best.
+    Node 1 is the sum of all, node i that of nodes 2 i and 2 i + 1; the priorities are the last
+    ones. A sum is always made anew of its two parts, so that no rounding errors pile up.
     """
 
-    def __init__(self, num_envs: int, gamma: float) -> None:
-        super().__init__()
-        self.gamma, self.statistics = gamma, RunningStatistics(1)
-        self.register_buffer("sums", torch.zeros(num_envs))  # gamma * R_{t-1}, 0 at a start
+    def __init__(self, size: int) -> None:
+        self.size, self.first = size, 1 << (size - 1).bit_length()  # node of priority 0
+        self.nodes = np.zeros(2 * self.first)
 
-    def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:
-        """Rewards and ends of a rollout (T, N) -> rewards (T, N), scaled and clipped to 10."""
-        sums = torch.empty_like(rewards)
-        for t in range(len(rewards)):
-            sums[t] = rewards[t] + self.sums
-            self.sums.copy_(self.gamma * sums[t] * ~ended[t])
-        self.statistics.update(sums.reshape(-1, 1))
-        return (rewards / (self.statistics.variance + 1e-8).sqrt()).clamp(-10, 10)
+    def set(self, indices: np.ndarray, priorities: np.ndarray) -> None:
+        """Replaces priorities: (B,), (B,)."""
+        nodes = self.first + indices
+        self.nodes[nodes] = priorities
+        while nodes[0] > 1:
+            nodes = nodes // 2
+            self.nodes[nodes] = self.nodes[2 * nodes] + self.nodes[2 * nodes + 1]
+
+    def find(self, sums: np.ndarray) -> np.ndarray:
+        """The first priorities up to which all add up to more than this: (B,) -> indices (B,).
+
+        Never one that is 0, not even if rounding made a number as large as the sum of all.
+        """
+        sums, nodes = sums.copy(), np.ones(len(sums), int)
+        while nodes[0] < self.first:
+            left, right = self.nodes[2 * nodes], self.nodes[2 * nodes + 1]
+            goes_right = (sums >= left) & (right > 0)
+            sums -= left * goes_right
+            nodes = 2 * nodes + goes_right
+        return nodes - self.first
+
+    def sample(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """One index from each of B parts of the sum that are equally large, and its probability."""
+        total = self.nodes[1]
+        if total == 0:
+            raise UsageError("every step was truncated: there is nothing to learn from")
+        points = np.arange(batch_size) + torch.rand(batch_size, dtype=torch.float64).numpy()
+        indices = self.find(points / batch_size * total)
+        return indices, self.nodes[self.first + indices] / total
+
+
+class ReplayBuffer:
+    """The last R steps of N environments, cut into sequences of T steps, and their priorities.
+
+    Rows are written in a ring. Sequence k of environment i has the rows k T to k T + T - 1, and its
+    burn-in is the end of sequence k - 1. So while sequence k is written, neither k nor k + 1 can be
+    drawn: their priorities are 0. A new one gets the largest priority so far.
+    """
+
+    def __init__(self, obs_size: int, args: Args) -> None:
+        self.length, self.burn_in, self.num_envs = args.sequence_length, args.burn_in, args.num_envs
+        self.num_sequences = args.buffer_size // (args.num_envs * args.sequence_length)
+        self.num_rows, self.rows_written = self.num_sequences * args.sequence_length, 0
+        shape = self.num_rows, args.num_envs
+        with as_usage_error(f"--buffer-size {args.buffer_size} does not fit", RuntimeError):
+            self.columns = {
+                "obs": torch.zeros(*shape, obs_size), "actions": torch.zeros(shape).long(),
+                "rewards": torch.zeros(shape), "next_obs": torch.zeros(*shape, obs_size),
+                "terminated": torch.zeros(shape).bool(), "ended": torch.zeros(shape).bool(),
+                "state": torch.zeros(*shape, 2, HIDDEN),  # before the step
+            }  # fmt: skip
+        self.tree, self.largest_priority = SumTree(self.num_sequences * args.num_envs), 1.0
+
+    def add(self, *row: np.ndarray) -> None:
+        """One step of all environments, in parts of a Batch: (N, ...), but the state (2, N, H)."""
+        sequence, t = divmod(self.rows_written, self.length)
+        if t == 0:
+            self.set_sequence(sequence, 0.0)
+            self.set_sequence(sequence + 1, 0.0)
+        *parts, state = row
+        for column, values in zip(self.columns.values(), (*parts, state.swapaxes(0, 1))):
+            column.numpy()[self.rows_written % self.num_rows] = values
+        self.rows_written += 1
+        if t == self.length - 1 and sequence > 0:  # the very first one has no burn-in
+            self.set_sequence(sequence, self.largest_priority)
+
+    def set_sequence(self, sequence: int, priority: float) -> None:
+        """A priority for this sequence of all environments."""
+        first = sequence % self.num_sequences * self.num_envs
+        self.tree.set(first + np.arange(self.num_envs), np.full(self.num_envs, priority))
+
+    def set_priorities(self, places: np.ndarray, errors: Tensor, alpha: float) -> None:
+        """(error + 1e-6)^alpha, for the sequences at these places: (B,), (B,)."""
+        priorities = (errors.cpu().double().numpy() + LEAST_ERROR) ** alpha
+        self.largest_priority = max(self.largest_priority, float(priorities.max()))
+        self.tree.set(places, priorities)
+
+    def sample(self, num_sequences: int, beta: float) -> tuple[Batch, np.ndarray]:
+        """B sequences with their burn-in, and their places."""
+        places, probs = self.tree.sample(num_sequences)
+        sequences, envs = np.divmod(places, self.num_envs)
+        steps = np.arange(-self.burn_in, self.length)[:, None]
+        rows = torch.from_numpy((sequences * self.length + steps) % self.num_rows)  # (L, B)
+        envs = torch.from_numpy(envs)
+        *parts, states = (column[rows, envs] for column in self.columns.values())
+        weights = importance_weights(torch.from_numpy(probs), beta).float()
+        return Batch(*parts, states[0].transpose(0, 1), weights), places
+
+    def state_dict(self) -> dict:
+        """The rows that are filled, and the priorities, for a checkpoint."""
+        filled = {name: column[: self.rows_written] for name, column in self.columns.items()}
+        priorities = torch.from_numpy(self.tree.nodes[self.tree.first :][: self.tree.size])
+        state = {"rows_written": self.rows_written, "largest_priority": self.largest_priority}
+        return state | {"priorities": priorities} | filled
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what `state_dict` gave."""
+        self.rows_written = int(state["rows_written"])
+        self.largest_priority = float(state["largest_priority"])
+        self.tree.set(np.arange(self.tree.size), state["priorities"].numpy())
+        for name, column in self.columns.items():
+            column[: self.rows_written] = state[name]
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------
@@ -329,37 +486,52 @@ def train(args: Args) -> "Result":
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     envs = Envs(args, args.num_envs, TRAINING)
-    q_network = make_network(args, envs).to(device)
-    reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-    memory = nn.Module()  # the trace z of each environment
-    num_weights = sum(weight.numel() for weight in q_network.parameters())
-    memory.register_buffer("traces", torch.zeros(args.num_envs, num_weights, device=device))
-    with Run(args, envs, q_network, memory=memory, reward_scaler=reward_scaler) as run:
+    q_network, target_network = make_network(args, envs), make_network(args, envs)
+    q_network, target_network = q_network.to(device), target_network.to(device)
+    target_network.load_state_dict(q_network.state_dict())
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    buffer = ReplayBuffer(envs.obs.shape[1], args)
+    memory = nn.Module()  # of the running episodes, a part of the run
+    memory.register_buffer("state", torch.zeros(2, args.num_envs, HIDDEN))
+    parts = {"target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+    with Run(args, envs, q_network, **parts, memory=memory) as run:
+        metrics, actor = {}, Actor(q_network)  # metrics of the last gradient step
         while run.is_running():
+            if args.anneal_lr:
+                remaining = 1 - envs.steps / args.total_timesteps
+                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+
             # Act: one step in every environment.
             duration = args.exploration_fraction * args.total_timesteps
             epsilon = linear_epsilon(envs.steps, args.start_e, args.end_e, duration)
-            obs, begins = envs.obs.copy(), np.equal(envs.lengths, 0)
-            if args.norm_obs:
-                q_network.obs_statistics.update(torch.from_numpy(obs).to(device))
-            actions, greedy = act(Actor(q_network), obs, epsilon)
+            obs, state = envs.obs.copy(), memory.state.numpy()
+            actions, next_state = act(actor, obs, state, epsilon)
             next_obs, rewards, terminated, truncated = envs.step(actions)
+            ended = terminated | truncated
+            buffer.add(obs, actions, rewards, next_obs, terminated, ended, state)
+            memory.state = torch.from_numpy(next_state * ~ended[:, None])
 
-            # Learn: from each of these N steps, in turn.
-            parts = obs, actions, rewards, next_obs, terminated
-            steps = Batch(*(torch.from_numpy(part).to(device) for part in parts))
-            if args.norm_reward:
-                ended = torch.from_numpy(terminated | truncated).to(device)
-                steps = steps._replace(rewards=reward_scaler(steps.rewards[None], ended[None])[0])
-            goes_on = torch.from_numpy(greedy & ~begins).to(device)
-            decays = args.gamma * args.q_lambda * goes_on
-            for i in range(args.num_envs):
-                step = Batch(*(part[i : i + 1] for part in steps))
-                metrics = update(q_network, memory.traces[i], decays[i], step, args)
+            # Learn: the gradient steps and target updates that are due in these N steps.
+            first = max(envs.steps - args.num_envs + 1, args.learning_starts)
+            for step in range(first, envs.steps + 1):
+                if step % args.train_frequency == 0:
+                    beta = args.prioritized_replay_beta
+                    beta += (1 - beta) * step / args.total_timesteps
+                    for _ in range(args.gradient_steps):
+                        batch, places = buffer.sample(args.num_sequences, beta)
+                        batch = Batch(*(part.to(device) for part in batch))
+                        errors, metrics = update(q_network, target_network, optimizer, batch, args)
+                        errors = sequence_priorities(errors, args.priority_eta)
+                        buffer.set_priorities(places, errors, args.prioritized_replay_alpha)
+                    actor = Actor(q_network)
+                if step % args.target_network_frequency == 0:
+                    update_target(target_network, q_network, args.tau)
 
             # Log, evaluate, save.
             if run.is_due(LOG_FREQUENCY):
-                run.log(metrics | {"charts/epsilon": epsilon})
+                learning_rate = optimizer.param_groups[0]["lr"]
+                rates = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+                run.log(metrics | rates)
             if run.is_due(args.eval_frequency):
                 run.evaluate()
             if run.is_due(args.checkpoint_frequency):
@@ -367,16 +539,27 @@ def train(args: Args) -> "Result":
         return run.finish()
 
 
-def play(args: Args, q_network: QNetwork, obs: np.ndarray) -> np.ndarray:
-    """How the trained policy is evaluated: observations (N, O) -> actions (N,)."""
-    return act(Actor(q_network), obs, epsilon=0.0)[0]
+def play(
+    args: Args, q_network: QNetwork, obs: np.ndarray, first: np.ndarray | None = None
+) -> np.ndarray:
+    """How the trained policy is evaluated: observations (N, O) -> actions (N,).
+
+    It remembers the calls before, but none where `first` (N,): there, an episode begins.
+    """
+    if q_network.state is None:
+        q_network.state = np.zeros((2, len(obs), HIDDEN), np.float32)
+    if first is not None:
+        q_network.state[:, first] = 0
+    actions, q_network.state = act(Actor(q_network), obs, q_network.state, epsilon=0.0)
+    return actions
 
 
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
     """Plays args.eval_episodes whole episodes, the same ones each time: mean return and length.
 
     Uses its own environments, and leaves the random state of the training as it is. Records the
-    first episode to the file `gif`, if given.
+    first episode to the file `gif`, if given. `play` sees all environments, also those that have
+    played their episodes: so row i of the memory is always that of environment i.
     """
     num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
     quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
@@ -384,12 +567,14 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
     with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         envs.reset()
+        network.state = None
         while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
             if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
                 frames.append(envs.render())
                 if len(frames) > MAX_FRAMES:  # faster from now on: every fourth frame, eighth ...
                     frames, stride = frames[::2], 2 * stride
-            envs.step(play(args, network, envs.obs[which]), which)
+            first = np.equal(envs.lengths, 0)
+            envs.step(play(args, network, envs.obs, first)[which], which)
     if gif is not None:
         images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
         with as_usage_error(f"cannot write {gif}", OSError):
