@@ -12,27 +12,31 @@ Paper    Silver et al. (2018), "A general reinforcement learning algorithm that 
 Idea     A network sees a board and gives p, a probability for each action, and v, the outcome that
          it expects for the player to move: from 1, a win, to -1, a loss. A tree search, which knows
          the rules, improves on p. Games are played by this search against itself. The network then
-         learns to give at once what the search found, and to foretell how the game ended.
-         Each of M simulations goes down the tree from the board of the game, the root, to an edge
-         that has no node yet. There a node is added, with p and v of the network. v counts in the
-         Q of all edges on the way, with the sign changed from each to the next: what is good for
-         the one who moves is bad for the other.
+         learns to give at once what the search found, and to predict how the game will end.
+         A search makes M simulations. Each goes down the tree from the board of the game, the root,
+         to an action that was not yet tried in a node, and adds the node to which it leads. v of
+         this node, or the outcome, if the game is over there, counts in the Q of all actions on the
+         way, with the sign changed from each to the next: what is good for the one who moves is bad
+         for the other.
 
              a       = argmax_a Q(s, a) + c_puct * p(a|s) * sqrt(N(s)) / (1 + N(s, a))
-             Q(s, a) = mean of v, for the player who moves in s, over N(s, a) simulations
-             pi(a)   = N(root, a) / M                         what the search plays, and p learns
-             loss    = (v - z)^2 - sum_a pi(a) * log p(a)     z: the outcome; mean over B positions
+             Q(s, a) = mean of v, for the player who moves in s, over N(s, a) simulations, or 0
+             N(s)    = 1 + sum_a N(s, a)
+             pi(a)   = N(root, a) / M                     the policy of the search
+             loss    = (v - z)^2 - sum_a pi(a) * log p(a) + c * |weights|^2
 
-         At the root, p is mixed with noise, and the first moves of a game are drawn from pi: so
-         games differ. In evaluation there is no noise, and the most visited action is played.
-Differs  The network has two hidden layers where theirs has 20 residual blocks. N games are played
-         side by side, and searched with one forward pass for all. N(s) counts s itself. Playing
-         and learning take turns in one process. Symmetries of the board are not used.
-Shapes   N games; M simulations, and as many nodes in a tree; B positions of a batch; C numbers of a
-         board; K actions. A board is always seen by the player to move.
+         z is the outcome for the player to move; the loss is a mean over B positions. At the root,
+         p is mixed with noise, and the first moves of a game are drawn from pi: so games differ.
+         In evaluation there is no noise, and the most visited action is played.
+Differs  The network has two hidden layers where theirs has 19 residual blocks, and sees one board,
+         not those before it. c_puct is constant. Adam in place of SGD. N games are played side by
+         side, and searched together; playing and learning take turns in one process. p is a softmax
+         over the allowed actions in the search, and over all of them in the loss.
+Shapes   N games; M simulations; B positions of a batch; C numbers of a board; K actions. A board is
+         always seen by the player to move.
 Run      python alphazero_tictactoe.py
-         Your own game: --env-id my_module:MyGame-v0, an environment with an opponent in it, and
-         with the four methods of the class TicTacToe from first_board on.
+         Your own game: --env-id my_module:MyGame-v0, an environment with an opponent, which the
+         agent meets in evaluation only, and with TicTacToe's four methods from first_board on.
 Expect   No record yet.
 """
 
@@ -128,7 +132,7 @@ class Args:
 
 
 class TicTacToe(gym.Env):
-    """Tic-tac-toe against an opponent that makes no mistake, or, if "random", any move.
+    """Tic-tac-toe against an opponent that makes no mistake, or, if it is "random", any move.
 
     Observations are boards: nine squares, 1 where you are, -1 where the opponent is. Chance says
     who begins. The last reward is 1 if you won, -1 if you lost or took a square that was not free.
@@ -147,27 +151,28 @@ class TicTacToe(gym.Env):
         super().reset(seed=seed)
         self.board = self.first_board()
         if self.np_random.random() < 0.5:
-            self.board = self.reply()
+            self.play(self.opponent_action())
         return self.board, {}
 
     def step(self, action: int) -> tuple:
         if self.board[action] != 0:
             return self.board, -1.0, True, False, {}
-        for player in 1, -1:
-            self.board = self.move(self.board[None], np.array([action]))[0]  # the other's view
-            won, full = self.has_lost(self.board[None])[0], (self.board != 0).all()
-            if won or full:
-                return self.board * -player, float(player * won), True, False, {}
-            if player == 1:
-                action = self.choose()
-        return self.board, 0.0, False, False, {}
+        reward = self.play(action)
+        ended = reward > 0 or (self.board != 0).all()
+        if ended:
+            self.board = -self.board  # seen by you, though the opponent would be to move
+        else:
+            reward = -self.play(self.opponent_action())
+            ended = reward < 0 or (self.board != 0).all()
+        return self.board, reward, bool(ended), False, {}
 
-    def reply(self) -> np.ndarray:
-        """The board after the opponent's move."""
-        return self.move(self.board[None], np.array([self.choose()]))[0]
+    def play(self, action: int) -> float:
+        """Makes a move, and shows the board to the other player: 1 if this wins, else 0."""
+        self.board = self.move(self.board[None], np.array([action]))[0]
+        return float(self.has_lost(self.board[None])[0])
 
-    def choose(self) -> int:
-        """One of the best actions of the player to move, or any."""
+    def opponent_action(self) -> int:
+        """One of the best actions, or any that is allowed."""
         actions = np.flatnonzero(self.board == 0)
         if self.opponent == "perfect":
             boards = self.move(self.board[None].repeat(len(actions), 0), actions)
@@ -191,7 +196,7 @@ class TicTacToe(gym.Env):
         return np.zeros(9, np.float32)
 
     def legal_actions(self, boards: np.ndarray) -> np.ndarray:
-        """Whether each action is allowed: (n, C) -> (n, K). Where none is, the game is a draw."""
+        """Whether each action is allowed: (n, C) -> (n, K). With none and no loss, it is a draw."""
         return boards == 0
 
     def move(self, boards: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -237,7 +242,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 class Agent(nn.Module):
-    """p and v: two hidden layers with two heads. Knows the rules of the game, too."""
+    """p and v: two hidden layers with two heads. It has the rules of the game at hand, too."""
 
     def __init__(self, game: gym.Env, board_size: int, num_actions: int, hidden_size: int) -> None:
         super().__init__()
@@ -292,8 +297,8 @@ def masked_softmax(logits: np.ndarray, legal: np.ndarray) -> np.ndarray:
 def puct(
     totals: np.ndarray, visits: np.ndarray, priors: np.ndarray, legal: np.ndarray, c_puct: float
 ) -> np.ndarray:
-    """Q(s, a) + c_puct * p(a|s) * sqrt(N(s)) / (1 + N(s, a)), or -inf if not allowed: four of
-    (N, K), the first one with sums of v -> (N, K). Q is 0 before the first visit.
+    """Q(s, a) + c_puct * p(a|s) * sqrt(N(s)) / (1 + N(s, a)), or -inf if a is not allowed: sums of
+    v, visits N(s, a), p and what is allowed (N, K) -> (N, K). Q is 0 before the first visit.
     """
     q_values = totals / np.maximum(visits, 1)
     bonus = c_puct * priors * np.sqrt(1 + visits.sum(1, keepdims=True)) / (1 + visits)
@@ -327,8 +332,8 @@ class Trees:
         self.priors[rows, node], self.ended[rows, node] = priors, ended
         self.values[rows, node] = np.where(ended, -1.0 * lost, values)
 
-    def simulate(self, node: int, c_puct: float) -> None:
-        """One simulation in each tree: down to a new edge, or to an end of the game, and back."""
+    def simulate(self, new_node: int, c_puct: float) -> None:
+        """One simulation in each tree: down to a new node, or to an end of the game, and back."""
         rows, running, path = self.rows, ~self.ended[:, 0], []
         nodes = leaves = np.zeros(len(rows), int)
         while running.any():
@@ -339,9 +344,9 @@ class Trees:
             new = running & (children == 0)
             if new.any():
                 boards = self.game.move(self.boards[rows, nodes][new], actions[new])
-                self.add(rows[new], node, boards)
-                self.children[rows[new], nodes[new], actions[new]] = node
-                children = np.where(new, node, children)
+                self.add(rows[new], new_node, boards)
+                self.children[rows[new], nodes[new], actions[new]] = new_node
+                children = np.where(new, new_node, children)
             leaves = np.where(running, children, leaves)
             running = running & ~new & ~self.ended[rows, children]
             nodes = np.where(running, children, nodes)
@@ -369,15 +374,13 @@ def search(
 
 
 def dirichlet_noise(legal: np.ndarray, alpha: float) -> np.ndarray:
-    """Random probabilities of the allowed actions: (N, K) -> (N, K). They are gamma variables,
-    divided by their sum.
-    """
-    weights = torch.distributions.Gamma(alpha, 1.0).sample(legal.shape).numpy() * legal + 1e-30
-    return weights * legal / weights.sum(1, keepdims=True)
+    """Random probabilities of the allowed actions: (N, K) -> (N, K)."""
+    weights = (torch.distributions.Gamma(alpha, 1.0).sample(legal.shape).numpy() + 1e-30) * legal
+    return weights / weights.sum(1, keepdims=True)
 
 
 def choose(policies: np.ndarray, explore: np.ndarray) -> np.ndarray:
-    """Actions drawn from pi (N, K) where `explore` (N,), elsewhere the most probable -> (N,)."""
+    """Actions drawn from pi (N, K) where `explore` (N,), elsewhere the most visited -> (N,)."""
     drawn = torch.multinomial(torch.from_numpy(policies), 1).squeeze(1).numpy()
     return np.where(explore, drawn, policies.argmax(1))
 
@@ -432,7 +435,7 @@ class SelfPlay:
     def __init__(self, game: gym.Env, num_games: int) -> None:
         self.game = game
         self.boards = np.stack([game.first_board()] * num_games).astype(np.float32)
-        self.moves = [[] for _ in range(num_games)]  # (board, pi) of each in the running games
+        self.moves = [[] for _ in range(num_games)]  # of each running game: (board, pi) so far
 
     def lengths(self) -> np.ndarray:
         """Moves so far, in each game: (N,)."""
@@ -443,7 +446,7 @@ class SelfPlay:
         (T, C), pi (T, K) and outcomes z (T,) of all their T moves.
         """
         following, finished = self.game.move(self.boards, actions), []
-        won = self.game.has_lost(following)  # says who moves next
+        won = self.game.has_lost(following)  # who would move next has lost
         ended = won | ~self.game.legal_actions(following).any(1)
         for i, moves in enumerate(self.moves):
             moves.append((self.boards[i], policies[i]))
@@ -461,6 +464,8 @@ class SelfPlay:
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what `state_dict` gave."""
+        if state["boards"].shape != self.boards.shape:
+            raise ValueError(f"there were {len(state['boards'])} games, {len(self.boards)} now")
         self.boards = state["boards"].numpy()
         self.moves = [list(zip(*(part.numpy() for part in game))) for game in state["moves"]]
 
@@ -505,11 +510,12 @@ def train(args: Args) -> "Result":
     """Trains an agent, from the start or from the checkpoint in args.resume."""
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    envs = Envs(args, 1, TRAINING)  # counts the moves; who trains plays against itself
+    envs = Envs(args, 1, TRAINING)  # counts moves and results; its opponent is not played
     agent = make_network(args, envs).to(device)
     optimizer = torch.optim.Adam(
-        agent.parameters(), lr=args.learning_rate, weight_decay=2 * args.weight_decay, fused=True
-    )
+        agent.parameters(), lr=args.learning_rate, fused=True,
+        weight_decay=2 * args.weight_decay,  # c * w^2 has the gradient 2 * c * w
+    )  # fmt: skip
     games = SelfPlay(agent.game, args.num_envs)
     buffer = ReplayBuffer(args.buffer_size, envs.obs.shape[1], int(envs.action_space.n))
     with Run(args, envs, agent, optimizer=optimizer, games=games, buffer=buffer) as run:
@@ -524,10 +530,9 @@ def train(args: Args) -> "Result":
             policies = search(agent, games.boards, args, noise)
             actions = choose(policies, games.lengths() < args.explore_moves)
             envs.steps += args.num_envs
-            for positions in games.step(policies, actions):
-                buffer.add(*positions)
-                first_players = positions[-1][0]
-                envs.finished.append((envs.steps, first_players, len(positions[-1])))
+            for boards, pi, z in games.step(policies, actions):
+                buffer.add(boards, pi, z)
+                envs.finished.append((envs.steps, z[0], len(z)))  # z[0]: of who began
 
             # Learn: the gradient steps that are due in these N moves.
             first = max(envs.steps - args.num_envs + 1, args.learning_starts)

@@ -15,21 +15,23 @@ Idea     No gradient of a network, no value function, no noise in the actions: t
          each of M + nu * delta_i and M - nu * delta_i, whose returns are r_i+ and r_i-. Keep the b
          directions with the greatest max(r_i+, r_i-).
 
-             a = M (s - mean) / deviation          of all observations so far
+             a = M (s - mean) / deviation          of all observations before these episodes
              M <- M + alpha / (b * sigma) * sum of (r_i+ - r_i-) * delta_i over the b directions
 
-         On average, (r+ - r-) * delta points up the gradient of the expected return, as a finite
-         difference does. sigma is the standard deviation of the 2 b returns: so the step depends
-         neither on the scale of the rewards, nor on how steep the returns are where M is.
-Differs  Actions are clipped to -1 and 1 and scaled to the bounds of the environment, as in the
-         other scripts here. A time limit counts as an end: nothing here estimates the return that
-         would have followed.
-Shapes   N = 2 D environments, with one episode each in an iteration; O numbers of an observation;
-         K numbers of an action.
+         (r+ - r-) * delta is a finite difference: its average points up the gradient of the
+         expected return, itself averaged over such changes of M. sigma is the standard deviation of
+         the 2 b returns: so the step depends neither on the scale of the rewards nor, where chance
+         has little part in them, on how steeply they rise.
+Differs  Actions are clipped to -1 and 1 and scaled to the bounds of the environment, and normalised
+         observations clipped to 10 and -10, as in the other scripts here.
+Shapes   N = 2 D environments, with one episode each in an iteration; D directions, of which b are
+         used; O numbers of an observation; K numbers of an action.
 Run      python ars_continuous.py
          python ars_continuous.py --env-id Swimmer-v5 --total-timesteps 2000000 --num-envs 2 \
-             --num-top 1 --learning-rate 0.02 --noise-std 0.01    (needs gymnasium[mujoco])
-         Where staying alive pays, add --alive-bonus 1: it is no part of the returns above.
+             --num-top 1 --learning-rate 0.02 --noise-std 0.01 --no-norm-obs
+             (needs gymnasium[mujoco])
+         Where each step alive pays 1, as in Hopper-v5, --alive-bonus 1 subtracts it from the
+         returns of the search: or it would learn to stand still.
 Expect   No record yet.
 """
 
@@ -86,10 +88,10 @@ class Args:
     total_timesteps: Steps = 200_000  # environment steps to train for, at least
     num_envs: SmallCount = 8  # parallel environments (N)
 
-    learning_rate: Positive = 0.02  # step size of the optimizer
-    noise_std: Positive = 0.03  # size of the change of M that is tried (nu)
-    num_top: SmallCount = 4  # directions that are used, of the N / 2 that are tried (b)
-    alive_bonus: Real = 0.0  # a step's reward for being alive, which the search leaves out
+    learning_rate: Positive = 0.1  # step size of the optimizer
+    noise_std: Positive = 0.3  # size of the change of M that is tried (nu)
+    num_top: SmallCount = 2  # directions that are used, of the N / 2 that are tried (b)
+    alive_bonus: Real = 0.0  # is subtracted from each reward, but not from what is logged
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
@@ -128,7 +130,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 class Policy(nn.Module):
-    """A linear policy, 0 at first. Actions are clipped and scaled to low and high (K,)."""
+    """A linear policy without bias, 0 at first, and the bounds low and high (K,) of actions."""
 
     def __init__(self, obs_size: int, low: np.ndarray, high: np.ndarray, norm_obs: bool) -> None:
         super().__init__()
@@ -147,7 +149,7 @@ def make_network(args: Args, envs: "Envs") -> Policy:
 
 
 class Actor:
-    """N policies in NumPy, each with its change of M. They normalise observations alike."""
+    """The policy in NumPy, or N of them, each with its own change of M."""
 
     def __init__(self, policy: Policy, changes: np.ndarray | float = 0.0) -> None:
         self.weights = policy.weight.detach().cpu().numpy() + changes  # (K, O) or (N, K, O)
@@ -158,7 +160,7 @@ class Actor:
             self.statistics = mean.cpu().numpy(), (variance + 1e-8).sqrt().cpu().numpy()
 
     def __call__(self, obs: np.ndarray, which: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Observations (n, O) -> actions (n, K) of the policies `which`, not yet clipped."""
+        """Observations (n, O) -> actions (n, K), not yet clipped, of the policies `which` (n,)."""
         if self.statistics is not None:
             mean, deviation = self.statistics
             obs = ((obs - mean) / deviation).clip(-10, 10)
@@ -173,7 +175,7 @@ def to_bounds(actor: Actor, actions: np.ndarray) -> np.ndarray:
 
 def play_episodes(envs: "Envs", actor: Actor, args: Args) -> tuple[np.ndarray, np.ndarray]:
     """Plays one episode in each of N environments -> their returns (N,), without the bonus for
-    being alive, and all observations (..., O).
+    being alive, and the observations of all their steps (..., O).
 
     An environment that is done waits for the others.
     """
@@ -205,7 +207,7 @@ def update(
     policy: nn.Module, optimizer: torch.optim.Optimizer, directions: Tensor, returns: Tensor,
     args: Args,
 ) -> None:  # fmt: skip
-    """One step of M, of this search: directions (D, K, O), returns r+ and r- (2, D)."""
+    """Moves M one step: directions (D, K, O), their returns r+ and r- (2, D)."""
     direction = compiled(search_direction, args)(directions, returns, args.num_top)
     policy.weight.grad = -direction  # the optimizer goes down
     optimizer.step()

@@ -5,26 +5,25 @@
 #   "tqdm>=4.66.0",
 # ]
 # ///
-"""Munchausen Q-learning (M-DQN) for flat observations and discrete actions.
+r"""Munchausen Q-learning (M-DQN) for flat observations and discrete actions.
 
 Paper    Vieillard, Pietquin, Geist (2020), "Munchausen reinforcement learning", equation 2.
-Idea     DQN, with a policy that is made of Q, and two terms in the target: the policy's entropy is
-         part of the return, and an action is paid for its own log probability, as if the agent
-         pulled itself up by its bootstraps.
+Idea     DQN with another target: in place of the best next action stands a policy pi that is made
+         of Q, with its entropy, and the reward is lowered for actions that pi would hardly take.
 
              pi(a|s) = softmax of Q_target(s, .) / temperature
-             V(s)    = mean of Q_target(s, a) - temperature * log pi(a|s) over a of pi
+             V(s)    = mean of (Q_target(s, a) - temperature * log pi(a|s)) over actions a of pi
                      = temperature * log sum_a exp(Q_target(s, a) / temperature)
-             bonus   = alpha * (temperature * log pi(a|s), but at least floor)
+             bonus   = alpha * (temperature * log pi(a|s), but at least floor)       0 or less
              y       = r + bonus + gamma * V(s')      or r + bonus, if the episode terminated
              loss    = mean of (Q(s, a) - y)^2        over B transitions (s, a, r, s')
 
-         temperature * log pi(a|s) is Q_target(s, a) - V(s): 0 for the best action if it is clearly
-         the best, and below 0 for the others. So the others seem worse than they are, by a factor
-         of up to 1 / (1 - alpha) (advantage learning), and the best one stands out from the errors
-         of Q. Where two are as good, pi takes both. It also keeps pi near to the one before: the
-         bonus is a penalty on the KL divergence of the two. The rest is DQN: replay buffer, target
-         network, epsilon-greedy actions.
+         temperature * log pi(a|s) is Q_target(s, a) - V(s): nearly 0 for the best action, and the
+         gap to it for the others. Added alpha times in each target, it widens the gaps of Q, up to
+         1 / (1 - alpha) times, which errors of Q then seldom bridge. It can be shown to be a
+         penalty, too: on the KL divergence of pi from the policy before it. An agent that learns
+         from its own log probability pulls itself up by its bootstraps, as Baron Munchausen did.
+         pi is never played. The rest is DQN: replay buffer, target network, epsilon-greedy actions.
 Differs  Adam with its usual epsilon, and a learning rate that falls linearly to 0; epsilon decays
          from the first step on. N environments are stepped in parallel. At a time limit, y counts
          the rewards that would have followed (it bootstraps).
@@ -97,8 +96,8 @@ class Args:
     buffer_size: Size = 100_000  # transitions in the replay buffer
     gamma: Fraction = 0.99  # discount factor
     temperature: Positive = 0.03  # of the policy that is made of Q: the lower, the greedier
-    munchausen_alpha: Fraction = 0.9  # weight of an action's log probability in its reward; 0: none
-    munchausen_floor: Negative = -1.0  # of temperature * log probability; what is lower is raised
+    munchausen_alpha: Fraction = 0.9  # weight of the bonus, a log probability; 0: none
+    munchausen_floor: Negative = -1.0  # least temperature * log probability of the bonus
     tau: Fraction = 1.0  # step of the target network towards the Q-network; 1: a copy
     target_network_frequency: Steps = 500  # environment steps between updates of it
     batch_size: Count = 64  # transitions in a minibatch (B)
@@ -201,14 +200,14 @@ def act(actor: Actor, obs: np.ndarray, epsilon: float) -> np.ndarray:
 def soft_value(q_values: Tensor, temperature: float) -> Tensor:
     """V(s) = temperature * log sum_a exp(Q(s, a) / temperature): (B, K) -> (B,).
 
-    It is max_a Q(s, a) at temperature 0, and at most temperature * log K above it.
+    It lies above max_a Q(s, a), by temperature * log K at most.
     """
     return temperature * (q_values / temperature).logsumexp(1)
 
 
 def munchausen_bonus(q_values: Tensor, actions: Tensor, args: Args) -> Tensor:
-    """alpha * (temperature * log pi(a|s), but at least floor), of pi = softmax(Q / temperature):
-    (B, K), (B,) -> (B,).
+    """alpha * (temperature * log pi(a|s), but at least floor), where pi is the softmax of
+    Q / temperature: (B, K), (B,) -> (B,).
     """
     q_of_actions = q_values.gather(1, actions[:, None]).squeeze(1)
     scaled_log_probs = q_of_actions - soft_value(q_values, args.temperature)
@@ -218,7 +217,7 @@ def munchausen_bonus(q_values: Tensor, actions: Tensor, args: Args) -> Tensor:
 def soft_td_target(
     rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float, temperature: float
 ) -> Tensor:
-    """y = r + gamma * V(s'), or r if terminated: (B,), (B,), (B, K) -> (B,)."""
+    """y = r + gamma * V(s'), or r if terminated, r with its bonus: (B,), (B,), (B, K) -> (B,)."""
     return rewards + gamma * soft_value(next_q, temperature) * ~terminated
 
 

@@ -11,27 +11,28 @@ Paper    Kapturowski et al. (2019), "Recurrent experience replay in distributed 
          learning". Priorities: Schaul et al. (2016), "Prioritized experience replay". h: Pohlen et
          al. (2018), "Observe and look further".
 Idea     DQN for what one observation does not tell: here, CartPole's two velocities are hidden. An
-         LSTM carries a state from step to step, and Q(s, a) can depend on all that was seen of the
-         episode. From a replay buffer it cannot learn step by step, as an old state was made by old
-         weights. So it learns from sequences of T steps. The state with which a sequence was
-         played is stored, and the steps before the sequence renew it (burn-in), without a gradient.
+         LSTM carries a state from step to step, so that Q(s, a) can depend on s, all that was seen
+         of the episode. To learn through time, the replay buffer gives sequences of T steps. A
+         state is stored with them, but was made by old weights. So the network first plays through
+         the steps before the sequence, which renews the state, without a gradient (burn-in).
 
              a*      = argmax_a' Q(s', a')                         (double Q-learning)
              y       = h(r + gamma * h^-1(Q_target(s', a*)))       or h(r), if it terminated
              h(x)    = sign(x) * (sqrt(|x| + 1) - 1) + 0.001 * x   makes large returns small
-             delta   = y - Q(s, a)
+             delta   = y - Q(s, a)                                 so Q is the return under h
              loss    = mean of weight * delta^2                    over B sequences of T steps
              p       = (0.9 * max |delta| + 0.1 * mean |delta|)^alpha       of a sequence
 
          Sequences are drawn in proportion to p. The weight, (1 / probability)^beta, corrects for
          this, and is divided by the largest one of the batch.
 Differs  One process in place of 256 actors; targets of one step in place of five; no dueling
-         streams. A sequence goes on over the end of an episode, where the state becomes 0, and
-         sequences do not overlap, but for their burn-in. beta rises to 1. At a time limit, y counts
-         the rewards that would have followed (it bootstraps), from the state that led there.
-         load_policy's policy remembers all its calls: load it anew for each episode.
-Shapes   N environments; B sequences of a batch, T steps of each after L - T of burn-in; O numbers
-         of an observation; K actions; H units of the LSTM. Row t is the step from t to t+1.
+         streams; the LSTM does not see the last action and reward. A sequence goes on over the end
+         of an episode, where the state becomes 0, and sequences do not overlap, but for their
+         burn-in. beta rises to 1. At a time limit, y counts the rewards that would have followed
+         (it bootstraps), from the state that led there. load_policy's policy remembers all its
+         calls: load it anew for each episode.
+Shapes   N environments; B sequences of a batch, L steps of each: L - T of burn-in, then T; O
+         numbers of an observation; K actions; H units of the LSTM. Row t is the step from t to t+1.
 Run      python r2d2_cartpole.py
          python r2d2_cartpole.py --env-id Acrobot-v1 --hide=    (hides nothing)
 Expect   No record yet.
@@ -73,8 +74,8 @@ from tqdm import tqdm
 SCRIPT = "r2d2_cartpole"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
 HIDDEN = 64  # units of the LSTM (H)
-EPSILON = 1e-3  # weight of the linear part of h
-LEAST_ERROR = 1e-6  # is added to errors, so that no priority is 0
+H_SLOPE = 1e-3  # of h for large numbers
+LEAST_ERROR = 1e-6  # is added to errors, so that every sequence is drawn now and then
 
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
@@ -107,7 +108,7 @@ class Args:
     num_sequences: Count = 16  # sequences in a minibatch (B)
     prioritized_replay_alpha: Fraction = 0.5  # power of the error; 0: all are drawn equally often
     prioritized_replay_beta: Fraction = 0.4  # power that corrects for it, at first; at the end 1
-    priority_eta: Fraction = 0.9  # share of a sequence's largest error in its priority, not of all
+    priority_eta: Fraction = 0.9  # share of the largest error in a priority; the mean has the rest
     rescale: bool = True  # learn h(Q) in place of Q, so that large returns have small errors
     start_e: Fraction = 1.0  # epsilon, the probability of a random action, at the start
     end_e: Fraction = 0.05  # epsilon after its decay
@@ -190,7 +191,7 @@ class QNetwork(nn.Module):
         self.state = None  # of the episodes that `play` plays; no part of the checkpoint
 
     def forward(self, obs: Tensor, state: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
-        """T steps of N sequences: obs (T, N, O), the state before the first of them (2, N, H), and
+        """Some steps T of N sequences: obs (T, N, O), the state before them (2, N, H), and
         whether an episode ended with a step (T, N) -> Q(s, .) (T, N, K), and the state after each
         observation (2, T, N, H).
 
@@ -260,13 +261,13 @@ def act(
 
 def rescale(x: Tensor) -> Tensor:
     """h(x) = sign(x) * (sqrt(|x| + 1) - 1) + 0.001 * x."""
-    return x.sign() * ((x.abs() + 1).sqrt() - 1) + EPSILON * x
+    return x.sign() * ((x.abs() + 1).sqrt() - 1) + H_SLOPE * x
 
 
 def unscale(x: Tensor) -> Tensor:
     """h^-1(x), whose closed form is the solution of a quadratic equation."""
-    root = (1 + 4 * EPSILON * (x.abs() + 1 + EPSILON)).sqrt()
-    return x.sign() * (((root - 1) / (2 * EPSILON)).square() - 1)
+    root = (1 + 4 * H_SLOPE * (x.abs() + 1 + H_SLOPE)).sqrt()
+    return x.sign() * (((root - 1) / (2 * H_SLOPE)).square() - 1)
 
 
 def double_q_target(
@@ -282,7 +283,7 @@ def double_q_target(
     return rescale(rewards + args.gamma * unscale(next_values) * ~terminated)
 
 
-def sequence_priorities(errors: Tensor, eta: float) -> Tensor:
+def sequence_errors(errors: Tensor, eta: float) -> Tensor:
     """eta * max |delta| + (1 - eta) * mean |delta| over the T steps: (T, B) -> (B,)."""
     return eta * errors.abs().amax(0) + (1 - eta) * errors.abs().mean(0)
 
@@ -300,22 +301,23 @@ def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -
 
 
 class Batch(NamedTuple):
-    """B sequences of L steps, the first ones for burn-in. Column b of each:"""
+    """B sequences of L steps each, the first ones of burn-in. Column b of each:"""
 
     obs: Tensor  # observation, (L, B, O)
     actions: Tensor  # action, (L, B)
     rewards: Tensor  # reward, (L, B)
     next_obs: Tensor  # next observation; at the end of an episode its last one, (L, B, O)
     terminated: Tensor  # whether the episode terminated; False if truncated, (L, B)
-    ended: Tensor  # whether it did either, (L, B)
-    state: Tensor  # h and c of the LSTM before the first step, when it was played, (2, B, H)
+    ended: Tensor  # whether it terminated or was truncated, (L, B)
+    state: Tensor  # h and c before the first step, as they were when it was played, (2, B, H)
     weights: Tensor  # importance weight, (B,)
 
 
 def q_of_sequence(q_network: nn.Module, batch: Batch, burn_in: int) -> tuple[Tensor, Tensor]:
     """Q(s, .) and Q(s', .) of the T steps after the burn-in: two of (T, B, K).
 
-    s' is next_obs after all that was seen before it. No gradient flows into the burn-in, or Q(s').
+    s' is next_obs after all that was seen before it: at an end, that is not the next row's
+    observation. No gradient flows into the burn-in, or into Q(s').
     """
     obs, next_obs, ended, state = batch.obs, batch.next_obs, batch.ended, batch.state
     if burn_in > 0:
@@ -409,8 +411,9 @@ class ReplayBuffer:
     """The last R steps of N environments, cut into sequences of T steps, and their priorities.
 
     Rows are written in a ring. Sequence k of environment i has the rows k T to k T + T - 1, and its
-    burn-in is the end of sequence k - 1. So while sequence k is written, neither k nor k + 1 can be
-    drawn: their priorities are 0. A new one gets the largest priority so far.
+    burn-in is the end of sequence k - 1; the state before that is stored, too. While sequence k is
+    written, neither k nor k + 1 can be drawn: their priorities are 0. A new one gets the largest
+    priority so far.
     """
 
     def __init__(self, obs_size: int, args: Args) -> None:
@@ -423,8 +426,8 @@ class ReplayBuffer:
                 "obs": torch.zeros(*shape, obs_size), "actions": torch.zeros(shape).long(),
                 "rewards": torch.zeros(shape), "next_obs": torch.zeros(*shape, obs_size),
                 "terminated": torch.zeros(shape).bool(), "ended": torch.zeros(shape).bool(),
-                "state": torch.zeros(*shape, 2, HIDDEN),  # before the step
             }  # fmt: skip
+            self.states = torch.zeros(self.num_sequences, args.num_envs, 2, HIDDEN)
         self.tree, self.largest_priority = SumTree(self.num_sequences * args.num_envs), 1.0
 
     def add(self, *row: np.ndarray) -> None:
@@ -434,8 +437,11 @@ class ReplayBuffer:
             self.set_sequence(sequence, 0.0)
             self.set_sequence(sequence + 1, 0.0)
         *parts, state = row
-        for column, values in zip(self.columns.values(), (*parts, state.swapaxes(0, 1))):
+        for column, values in zip(self.columns.values(), parts):
             column.numpy()[self.rows_written % self.num_rows] = values
+        following, left = divmod(self.rows_written + self.burn_in, self.length)
+        if left == 0:  # a burn-in begins, or, where there is none, a sequence
+            self.states.numpy()[following % self.num_sequences] = state.swapaxes(0, 1)
         self.rows_written += 1
         if t == self.length - 1 and sequence > 0:  # the very first one has no burn-in
             self.set_sequence(sequence, self.largest_priority)
@@ -458,22 +464,24 @@ class ReplayBuffer:
         steps = np.arange(-self.burn_in, self.length)[:, None]
         rows = torch.from_numpy((sequences * self.length + steps) % self.num_rows)  # (L, B)
         envs = torch.from_numpy(envs)
-        *parts, states = (column[rows, envs] for column in self.columns.values())
+        parts = (column[rows, envs] for column in self.columns.values())
+        state = self.states[torch.from_numpy(sequences), envs].transpose(0, 1)
         weights = importance_weights(torch.from_numpy(probs), beta).float()
-        return Batch(*parts, states[0].transpose(0, 1), weights), places
+        return Batch(*parts, state, weights), places
 
     def state_dict(self) -> dict:
         """The rows that are filled, and the priorities, for a checkpoint."""
-        filled = {name: column[: self.rows_written] for name, column in self.columns.items()}
+        filled = {name: part[: self.rows_written].clone() for name, part in self.columns.items()}
         priorities = torch.from_numpy(self.tree.nodes[self.tree.first :][: self.tree.size])
         state = {"rows_written": self.rows_written, "largest_priority": self.largest_priority}
-        return state | {"priorities": priorities} | filled
+        return state | {"priorities": priorities, "states": self.states} | filled
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what `state_dict` gave."""
         self.rows_written = int(state["rows_written"])
         self.largest_priority = float(state["largest_priority"])
         self.tree.set(np.arange(self.tree.size), state["priorities"].numpy())
+        self.states.copy_(state["states"])
         for name, column in self.columns.items():
             column[: self.rows_written] = state[name]
 
@@ -516,12 +524,12 @@ def train(args: Args) -> "Result":
             for step in range(first, envs.steps + 1):
                 if step % args.train_frequency == 0:
                     beta = args.prioritized_replay_beta
-                    beta += (1 - beta) * step / args.total_timesteps
+                    beta += (1 - beta) * min(step / args.total_timesteps, 1)
                     for _ in range(args.gradient_steps):
                         batch, places = buffer.sample(args.num_sequences, beta)
                         batch = Batch(*(part.to(device) for part in batch))
                         errors, metrics = update(q_network, target_network, optimizer, batch, args)
-                        errors = sequence_priorities(errors, args.priority_eta)
+                        errors = sequence_errors(errors, args.priority_eta)
                         buffer.set_priorities(places, errors, args.prioritized_replay_alpha)
                     actor = Actor(q_network)
                 if step % args.target_network_frequency == 0:

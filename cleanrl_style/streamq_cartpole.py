@@ -8,29 +8,33 @@
 """Streaming deep Q-learning (Stream-Q) for flat observations and discrete actions.
 
 Paper    Elsayed, Vasan, Mahmood (2024), "Streaming deep reinforcement learning finally works",
-         stream Q(lambda). Watkins (1989), "Learning from delayed rewards", the trace that is cut.
-Idea     DQN without a replay buffer, a batch or a target network: learn from each step once, when it
-         happens, and forget it. What stands for the steps before is a trace z, a number for each
-         weight: how much the values of the last steps depended on it. So one TD error teaches all
-         the steps that led to it.
+         stream Q(lambda). Watkins (1989), "Learning from delayed rewards".
+Idea     DQN without a replay buffer, a batch or a target network: learn from each step once, when
+         it happens, and forget it. Of earlier steps there is only a trace z, with a number for each
+         weight: how much the values of the last steps depended on it, the older the less. So one TD
+         error teaches all the steps that led to it.
 
              delta = r + gamma * max_a' Q(s', a') - Q(s, a)     or r - Q(s, a), if it terminated
-             z    <- gamma * lambda * z + gradient of Q(s, a)   after z <- 0, if a is not greedy
-             w    <- w + step * delta * z
-             step  = min(alpha, 1 / (kappa * max(|delta|, 1) * sum |z|))
+             z    <- gamma * lambda * z      or 0, if an episode begins, or a is not greedy
+             z    <- z + gradient of Q(s, a)
+             w    <- w + size * delta * z
+             size  = min(alpha, 1 / (kappa * max(|delta|, 1) * sum |z|))
 
          The last line (overshooting-bounded gradient descent, ObGD) keeps it stable. Were Q linear,
-         the step would change Q(s, a) by step * delta * z . gradient. While no number of the
-         gradient exceeds 1, that is at most a share 1 / kappa of delta: it does not overshoot. The
-         network is made for it, too. Most weights are 0 at first, so that two states have few in
-         common; each layer is normalised, and so are observations and rewards, by running
-         statistics. While training, an action is random with probability epsilon, which decays.
+         Q(s, a) would change by size * delta * z . gradient. If no number of the gradient is beyond
+         1 or -1, this is at most |delta| / kappa, and 1 / kappa: it does not overshoot. kappa = 2
+         leaves room for the target, which changes as well. alpha = 1 is never the smaller one. The
+         network is made for this, too. Most weights are 0 at first, so that learning in one state
+         disturbs others less; hidden layers are normalised, and so are observations and rewards, by
+         running statistics. While training, an action is random with probability epsilon.
 Differs  At a time limit, delta counts the rewards that would have followed (it bootstraps); the
          authors stop there, and add the time to the observation. The trace is cut before a step
          that is not greedy, as Watkins does; the authors' code cuts it after this step. At first,
-         each unit has at least one weight that is not 0; of four inputs, theirs has none. With N
-         environments, each has its trace, and they learn in turn.
-Shapes   N environments; O numbers of an observation; K actions; W weights of the network.
+         each unit has a weight that is not 0; with four inputs, all of their first layer are 0.
+         What is normalised is clipped to 10 and -10. With N environments, each has its trace, and
+         they learn in turn.
+Shapes   N environments; B = 1, the transitions of an update; O numbers of an observation; K
+         actions; W weights of the network.
 Run      python streamq_cartpole.py
          python streamq_cartpole.py --env-id Acrobot-v1
 Expect   No record yet.
@@ -90,7 +94,7 @@ class Args:
     num_envs: SmallCount = 1  # parallel environments (N)
 
     learning_rate: Positive = 1.0  # step size of the optimizer
-    kappa: Positive = 2.0  # the optimizer may correct a TD error by 1 / kappa; from 1 on
+    kappa: Positive = 2.0  # a step corrects at most the share 1 / kappa of a TD error
     gamma: Fraction = 0.99  # discount factor
     q_lambda: Fraction = 0.8  # lambda of Q(lambda); 0: one-step target, 1: Monte Carlo return
     start_e: Fraction = 1.0  # epsilon, the probability of a random action, at the start
@@ -215,16 +219,15 @@ class Actor:
 
 def act(actor: Actor, obs: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
     """Epsilon-greedy actions, and whether they are greedy: observations (N, O) -> (N,), (N,)."""
-    best = actor(obs)
-    num_envs, num_actions = best.shape
-    best = best.argmax(1)
-    explore = torch.rand(num_envs).numpy() < epsilon
-    actions = np.where(explore, torch.randint(num_actions, (num_envs,)).numpy(), best)
-    return actions, actions == best
+    q_values = actor(obs)
+    explore = torch.rand(len(q_values)).numpy() < epsilon
+    random_actions = torch.randint(q_values.shape[1], (len(q_values),)).numpy()
+    actions = np.where(explore, random_actions, q_values.argmax(1))
+    return actions, actions == q_values.argmax(1)
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """y = r + gamma * max_a' Q_target(s', a'), or r if terminated: (B,), (B,), (B, K) -> (B,)."""
+    """y = r + gamma * max_a' Q(s', a'), or r if terminated: (B,), (B,), (B, K) -> (B,)."""
     return rewards + gamma * next_q.max(1).values * ~terminated
 
 
@@ -244,37 +247,36 @@ class Batch(NamedTuple):
     terminated: Tensor  # whether the episode terminated; False if truncated, (B,)
 
 
-def compute_step(
+def compute_change(
     q_network: nn.Module, trace: Tensor, decay: Tensor, batch: Batch, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The step of all weights for one transition (B = 1): trace (W,), decay () -> step (W,), metrics.
+    """How one transition changes all weights: trace (W,), decay () -> change (W,), metrics.
 
-    The trace decays, and the gradient of Q(s, a) is added to it.
+    The trace itself decays, and the gradient of Q(s, a) is added to it.
     """
     with torch.no_grad():
         next_q = q_network(batch.next_obs)
         target = td_target(batch.rewards, batch.terminated, next_q, args.gamma)
-    q_value = q_network(batch.obs).gather(1, batch.actions[:, None]).sum()
+    q_value = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze()
     q_value.backward()
     with torch.no_grad():
-        td_error = target.sum() - q_value
+        td_error = target.squeeze() - q_value
         trace.mul_(decay).add_(torch.cat([w.grad.flatten() for w in q_network.parameters()]))
         step_size = bounded_step_size(trace, td_error, args.learning_rate, args.kappa)
         metrics = {"losses/td_loss": td_error.square(), "losses/q_values": q_value.detach()}
         return step_size * td_error * trace, metrics
 
 
-@torch.no_grad()
 def update(
     q_network: nn.Module, trace: Tensor, decay: Tensor, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """One step of ObGD on one transition (B = 1), which changes the trace (W,), too -> metrics."""
+    """One step of ObGD on one transition, which changes the weights and the trace -> metrics."""
     q_network.zero_grad()
-    with torch.enable_grad():
-        step, metrics = compiled(compute_step, args)(q_network, trace, decay, batch, args)
+    change, metrics = compiled(compute_change, args)(q_network, trace, decay, batch, args)
     weights = list(q_network.parameters())
-    for weight, part in zip(weights, step.split([weight.numel() for weight in weights])):
-        weight.add_(part.view_as(weight))
+    with torch.no_grad():
+        for weight, part in zip(weights, change.split([weight.numel() for weight in weights])):
+            weight.add_(part.view_as(weight))
     return metrics
 
 
@@ -348,15 +350,15 @@ def train(args: Args) -> "Result":
 
             # Learn: from each of these N steps, in turn.
             parts = obs, actions, rewards, next_obs, terminated
-            steps = Batch(*(torch.from_numpy(part).to(device) for part in parts))
+            batch = Batch(*(torch.from_numpy(part).to(device) for part in parts))
             if args.norm_reward:
                 ended = torch.from_numpy(terminated | truncated).to(device)
-                steps = steps._replace(rewards=reward_scaler(steps.rewards[None], ended[None])[0])
+                batch = batch._replace(rewards=reward_scaler(batch.rewards[None], ended[None])[0])
             goes_on = torch.from_numpy(greedy & ~begins).to(device)
             decays = args.gamma * args.q_lambda * goes_on
             for i in range(args.num_envs):
-                step = Batch(*(part[i : i + 1] for part in steps))
-                metrics = update(q_network, memory.traces[i], decays[i], step, args)
+                one = Batch(*(part[i : i + 1] for part in batch))
+                metrics = update(q_network, memory.traces[i], decays[i], one, args)
 
             # Log, evaluate, save.
             if run.is_due(LOG_FREQUENCY):

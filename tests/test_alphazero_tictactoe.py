@@ -138,6 +138,7 @@ def test_a_game_by_hand_and_what_is_not_allowed():
         [-1, 1, -1, 0, 1, 0, 0, 1, 0],
     ]  # fmt: skip
     assert (reward, terminated, truncated) == (1.0, True, False)
+    np.testing.assert_array_equal(env.board, boards[-1])  # and is drawn so
     env.board = np.float32([-1, -1, 0, 1, 1, 0, 0, 0, 0])
     board, reward, terminated, *_ = env.step(8)  # and it completes its line
     assert (board[2], reward, terminated) == (-1, -1.0, True)

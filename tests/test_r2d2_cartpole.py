@@ -79,7 +79,7 @@ def test_target_by_hand():
 
 def test_priority_by_hand():
     errors = torch.tensor([[1.0, -4.0], [3.0, 0.0], [-2.0, 2.0]])
-    found = script.sequence_priorities(errors, 0.75)
+    found = script.sequence_errors(errors, 0.75)
     np.testing.assert_allclose(found, [0.75 * 3 + 0.25 * 2, 0.75 * 4 + 0.25 * 2])
 
 
@@ -357,6 +357,14 @@ def test_buffer_comes_back_from_a_checkpoint(tmp_path, count):
     assert drawn[:2] == drawn[2:]
 
 
+def test_a_checkpoint_has_the_filled_rows_only(tmp_path):
+    args = script.Args(**SMALL | {"sequence_length": 50, "buffer_size": 90_000, "learning_starts": 300})
+    buffer = script.ReplayBuffer(2, args)
+    fill(buffer, 0, 10)
+    torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
+    assert (tmp_path / "buffer.pt").stat().st_size < 1_000_000  # most of it a state per sequence
+
+
 # ---- The loop ------------------------------------------------------------------------------------
 
 FEW = dict(
@@ -383,7 +391,7 @@ def test_the_loop(tmp_path, monkeypatch):
     state, points = train(script, tmp_path, **FEW | settings)
     steps, now = side_by_side(3), np.zeros((3, 2, HIDDEN), np.float32)
     columns = {name: state["buffer"][name] for name in
-               ("obs", "actions", "rewards", "next_obs", "terminated", "ended", "state")}  # fmt: skip
+               ("obs", "actions", "rewards", "next_obs", "terminated", "ended")}  # fmt: skip
     assert state["buffer"]["rows_written"] == 200 and len(acts) > 200
     for number, (i, (obs, action, reward, next_obs, terminated, truncated)) in enumerate(steps):
         row = number // 3
@@ -391,9 +399,11 @@ def test_the_loop(tmp_path, monkeypatch):
         assert seen[i].tolist() == obs and actions[i] == action
         np.testing.assert_array_equal(before[:, i], now[i])
         assert epsilon == pytest.approx(max(0.05, 1 - 0.95 * (3 * row) / 300))
-        parts = obs, action, reward, next_obs, terminated, terminated or truncated, now[i]
+        parts = obs, action, reward, next_obs, terminated, terminated or truncated
         for column, part in zip(columns.values(), parts, strict=True):
             np.testing.assert_allclose(column[row, i], part, rtol=1e-6)
+        if row % 5 == 3:  # two of burn-in, then a sequence
+            np.testing.assert_array_equal(state["buffer"]["states"][row // 5 + 1, i], now[i])
         now[i] = 0 if terminated or truncated else after[:, i]
     np.testing.assert_array_equal(state["memory"]["state"].transpose(0, 1), now)
     check_episodes(points, steps)

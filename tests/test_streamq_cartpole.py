@@ -210,7 +210,7 @@ def test_random_actions_are_called_greedy_only_if_they_are():
 
 
 @pytest.mark.parametrize("name, other", [
-    ("linear_epsilon", dqn_cartpole), ("td_target", dqn_cartpole), ("Batch", dqn_cartpole),
+    ("linear_epsilon", dqn_cartpole), ("Batch", dqn_cartpole),
     ("evaluate", dqn_cartpole), ("make_env", dqn_cartpole),
     ("RunningStatistics", ppo_continuous), ("RewardScaler", ppo_continuous),
 ])  # fmt: skip
