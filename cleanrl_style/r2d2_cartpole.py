@@ -16,21 +16,21 @@ Idea     DQN for what one observation does not tell: here, CartPole's two veloci
          state is stored with them, but was made by old weights. So the network first plays through
          the steps before the sequence, which renews the state, without a gradient (burn-in).
 
-             a*      = argmax_a' Q(s', a')                         (double Q-learning)
-             y       = h(r + gamma * h^-1(Q_target(s', a*)))       or h(r), if it terminated
+             a*      = argmax_a Q(s_{t+n}, a)                      (double Q-learning)
+             y       = h(r_t + gamma * r_{t+1} + ... + gamma^n * h^-1(Q_target(s_{t+n}, a*)))
              h(x)    = sign(x) * (sqrt(|x| + 1) - 1) + 0.001 * x   makes large returns small
-             delta   = y - Q(s, a)                                 so Q is the return under h
+             delta   = y - Q(s_t, a_t)                             so Q is the return under h
              loss    = mean of weight * delta^2                    over B sequences of T steps
              p       = (0.9 * max |delta| + 0.1 * mean |delta|)^alpha       of a sequence
 
          Sequences are drawn in proportion to p. The weight, (1 / probability)^beta, corrects for
          this, and is divided by the largest one of the batch.
-Differs  One process in place of 256 actors; targets of one step in place of five; no dueling
-         streams; the LSTM does not see the last action and reward. A sequence goes on over the end
-         of an episode, where the state becomes 0, and sequences do not overlap, but for their
-         burn-in. beta rises to 1. At a time limit, y counts the rewards that would have followed
-         (it bootstraps), from the state that led there. load_policy's policy remembers all its
-         calls: load it anew for each episode.
+Differs  One process in place of 256 actors; no dueling streams; the LSTM does not see the last
+         action and reward. A sequence goes on over the end of an episode, where the state becomes
+         0, and sequences do not overlap, but for their burn-in. y has fewer than n steps at the end
+         of a sequence. beta rises to 1. At a time limit, y counts the rewards that would have
+         followed (it bootstraps), from the state that led there; at a true end, none. load_policy's
+         policy remembers all its calls: load it anew for each episode.
 Shapes   N environments; B sequences of a batch, L steps of each: L - T of burn-in, then T; O
          numbers of an observation; K actions; H units of the LSTM. Row t is the step from t to t+1.
 Run      python r2d2_cartpole.py
@@ -94,15 +94,16 @@ class Args:
     env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
     hide: str = "1,3"  # numbers of the observation hidden from the agent, from 0; empty: none
     seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
-    total_timesteps: Steps = 200_000  # environment steps to train for, at least
+    total_timesteps: Steps = 100_000  # environment steps to train for, at least
     num_envs: SmallCount = 4  # parallel environments (N)
 
     learning_rate: Positive = 1e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     buffer_size: Size = 50_000  # transitions in the replay buffer
     gamma: Fraction = 0.99  # discount factor
+    n_step: SmallCount = 5  # steps whose rewards a target counts before it bootstraps (n)
     tau: Fraction = 1.0  # step of the target network towards the Q-network; 1: a copy
-    target_network_frequency: Steps = 2_000  # environment steps between updates of it
+    target_network_frequency: Steps = 1_000  # environment steps between updates of it
     sequence_length: SmallCount = 16  # steps of a sequence that are learned from (T)
     burn_in: Annotated[int, 0, 4096] = 8  # steps before it, which renew the state (L - T)
     num_sequences: Count = 16  # sequences in a minibatch (B)
@@ -270,17 +271,19 @@ def unscale(x: Tensor) -> Tensor:
     return x.sign() * (((root - 1) / (2 * H_SLOPE)).square() - 1)
 
 
-def double_q_target(
-    rewards: Tensor, terminated: Tensor, next_q: Tensor, next_target_q: Tensor, args: Args
+def n_step_returns(
+    rewards: Tensor, terminated: Tensor, ended: Tensor, next_values: Tensor, n: int, gamma: float
 ) -> Tensor:
-    """y = h(r + gamma * h^-1(Q_target(s', a*))), or h(r) if terminated, a* = argmax_a' Q(s', a'):
-    two of (T, B), two of (T, B, K) -> (T, B). Without --rescale, h(x) = x.
+    """r_t + ... + gamma^(n-1) * r_{t+n-1} + gamma^n * V(s_{t+n}): four of (T, B) -> (T, B).
+
+    Near the end of an episode or of the sequence, fewer steps. next_values are V(s_{t+1}); they
+    count as 0 where the episode terminated, and bootstrap where a time limit truncated it.
     """
-    best = next_q.argmax(-1, keepdim=True)
-    next_values = next_target_q.gather(-1, best).squeeze(-1)
-    if not args.rescale:
-        return rewards + args.gamma * next_values * ~terminated
-    return rescale(rewards + args.gamma * unscale(next_values) * ~terminated)
+    returns = rewards + gamma * next_values * ~terminated  # of one step
+    for _ in range(n - 1):  # of one step more, where there is one
+        further = rewards[:-1] + gamma * returns[1:]
+        returns = torch.cat([torch.where(ended[:-1], returns[:-1], further), returns[-1:]])
+    return returns
 
 
 def sequence_errors(errors: Tensor, eta: float) -> Tensor:
@@ -335,12 +338,19 @@ def compute_gradient(
     q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradient of the loss, through time, on B sequences -> TD errors (T, B), metrics."""
+    learned = slice(args.burn_in, None)  # rows
     q_values, next_q = q_of_sequence(q_network, batch, args.burn_in)
     with torch.no_grad():  # the target is a constant
         _, next_target_q = q_of_sequence(target_network, batch, args.burn_in)
-        rewards, terminated = batch.rewards[args.burn_in :], batch.terminated[args.burn_in :]
-        target = double_q_target(rewards, terminated, next_q, next_target_q, args)
-    q_values = q_values.gather(-1, batch.actions[args.burn_in :, :, None]).squeeze(-1)
+        best = next_q.argmax(-1, keepdim=True)  # a*
+        next_values = next_target_q.gather(-1, best).squeeze(-1)
+        if args.rescale:
+            next_values = unscale(next_values)
+        steps = batch.rewards[learned], batch.terminated[learned], batch.ended[learned]
+        target = n_step_returns(*steps, next_values, args.n_step, args.gamma)
+        if args.rescale:
+            target = rescale(target)
+    q_values = q_values.gather(-1, batch.actions[learned, :, None]).squeeze(-1)
     errors = target - q_values
     loss = (batch.weights * errors.square()).mean()
     loss.backward()

@@ -34,6 +34,7 @@ BAD = [
     ("--learning-starts 127", "--learning-starts"),
     ("--sequence-length 64 --learning-starts 600 --buffer-size 700", "--buffer-size"),
     ("--priority-eta 2", "--priority-eta"),
+    ("--n-step 0", "--n-step"),
 ]
 LEARNS = []  # a longer run takes minutes: see the record
 # What others published, by the record's name after `<script>__`: shown beside our results.
@@ -53,28 +54,21 @@ def test_h_and_its_inverse():
     torch.testing.assert_close(script.rescale(script.unscale(numbers / 50)), numbers / 50)
 
 
-def test_target_by_hand():
-    """One network chooses, the other one evaluates."""
-    next_q = torch.tensor([[[1.0, 2.0], [5.0, -1.0]], [[0.0, 1.0], [3.0, 9.0]]])
-    next_target_q = torch.tensor([[[10.0, 3.0], [-4.0, 8.0]], [[7.0, 6.0], [2.0, 1.0]]])
-    rewards = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
-    terminated = torch.tensor([[False, False], [True, False]])
-    plain = [[1 + 0.5 * 3, 2 - 0.5 * 4], [0.5, -1 + 0.5]]
-    parts = rewards, terminated, next_q, next_target_q
-    found = script.double_q_target(*parts, script.Args(gamma=0.5, rescale=False))
-    np.testing.assert_allclose(found, plain)
-    found = script.double_q_target(*parts, script.Args(gamma=0.5))
-
-    def inverse(x):  # by halving
-        low, high = -1000.0, 1000.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            h = math.copysign(math.sqrt(abs(middle) + 1) - 1, middle) + 0.001 * middle
-            low, high = (middle, high) if h < x else (low, middle)
-        return low
-
-    values = [[1 + 0.5 * inverse(3), 2 + 0.5 * inverse(-4)], [0.5, -1 + 0.5 * inverse(1)]]
-    np.testing.assert_allclose(found, script.rescale(torch.tensor(values)), rtol=1e-3)
+@pytest.mark.parametrize("n", [1, 2, 5, 20])
+def test_returns_of_n_steps_against_their_definition(n):
+    """At an end, or at the end of the sequence, they have fewer steps."""
+    torch.manual_seed(0)
+    rewards, next_values = torch.randn(2, 12, 40, dtype=torch.float64)
+    terminated, truncated = torch.rand(2, 12, 40) < 0.1
+    found = script.n_step_returns(rewards, terminated, terminated | truncated, next_values, n, 0.9)
+    for t, b in np.ndindex(12, 40):
+        last = t
+        while last < min(t + n - 1, 11) and not (terminated[last, b] or truncated[last, b]):
+            last += 1
+        expected = sum(0.9 ** (k - t) * rewards[k, b] for k in range(t, last + 1))
+        if not terminated[last, b]:
+            expected += 0.9 ** (last + 1 - t) * next_values[last, b]
+        assert found[t, b].item() == pytest.approx(expected.item())
 
 
 def test_priority_by_hand():
@@ -220,10 +214,12 @@ def test_no_gradient_flows_into_the_burn_in():
     assert state.grad is None and (obs.grad[:3] == 0).all() and (obs.grad[3] != 0).any()
 
 
-@pytest.mark.parametrize("limit", [0.0, 0.01])
-def test_one_step_down_the_gradient_of_the_definition(limit):
+@pytest.mark.parametrize("limit, rescale", [(0.0, True), (0.01, True), (0.0, False)])
+def test_one_step_down_the_gradient_of_the_definition(limit, rescale):
+    """One network chooses the next action, the other one evaluates it."""
     q_network, target_network, batch = network_of(), network_of(seed=5), batch_of()
-    args = script.Args(burn_in=4, gamma=0.9, max_grad_norm=limit)
+    args = script.Args(burn_in=4, gamma=0.9, n_step=3, max_grad_norm=limit, rescale=rescale)
+    h, inverse = (script.rescale, script.unscale) if rescale else (lambda x: x, lambda x: x)
     before, target_before = copy.deepcopy(q_network), copy.deepcopy(target_network)
     with torch.no_grad():
         own, others = (
@@ -235,9 +231,15 @@ def test_one_step_down_the_gradient_of_the_definition(limit):
     loss, errors, mean = 0, torch.zeros(5, 5), 0
     for t in range(5):
         for n in range(5):
-            best = others[t, n, own[t, n].argmax()]
-            follows = 0 if batch.terminated[4 + t, n] else 0.9 * script.unscale(best)
-            y = script.rescale(batch.rewards[4 + t, n] + follows)
+            last = t
+            while last < min(t + 2, 4) and not batch.ended[4 + last, n]:
+                last += 1
+            y = 0 if batch.terminated[4 + last, n] else inverse(
+                others[last, n, own[last, n].argmax()]
+            )
+            for k in range(last, t - 1, -1):
+                y = batch.rewards[4 + k, n] + 0.9 * y
+            y = h(y)
             value = q_values[t, n, batch.actions[4 + t, n]]
             errors[t, n] = (y - value).detach()
             loss = loss + batch.weights[n] * (y - value) ** 2 / 25
@@ -450,7 +452,7 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
 
     check_settings(script, outcome, {
         "seed": 2, "total_timesteps": 260, "num_envs": 4, "learning_rate": 5e-3, "anneal_lr": False,
-        "buffer_size": 90, "gamma": 0.9, "tau": 0.5, "target_network_frequency": 100,
+        "buffer_size": 90, "gamma": 0.9, "n_step": 2, "tau": 0.5, "target_network_frequency": 100,
         "sequence_length": 4, "burn_in": 0, "num_sequences": 5, "prioritized_replay_alpha": 0.1,
         "prioritized_replay_beta": 0.9, "priority_eta": 0.0, "rescale": False, "start_e": 0.9,
         "end_e": 0.5, "exploration_fraction": 0.2, "learning_starts": 100, "train_frequency": 25,
