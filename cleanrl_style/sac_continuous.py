@@ -42,8 +42,8 @@ Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1
          Xeon that had other work, too, in bfloat16:
              HalfCheetah-v5  8000.6 (7602.6 to 8616.4)   36 min; after 100k steps 4892.5
              Hopper-v5       2174.1 (1502.4 to 3278.7)   41 min; after 100k steps 724.4
-         The same, seeds 1 and 2, on one core of an AMD EPYC:
-             Walker2d-v5     2971.0 (2722.6 to 3219.3)   46 min; after 100k steps 792.5
+         The same, on one core of an AMD EPYC:
+             Walker2d-v5     2917.8 (2722.6 to 3219.3)   43 min; after 100k steps 863.7
 """
 
 import contextlib
