@@ -441,9 +441,9 @@ class SelfPlay:
         """Moves so far, in each game: (N,)."""
         return np.array([len(moves) for moves in self.moves])
 
-    def step(self, policies: np.ndarray, actions: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-        """One move in each game: pi (N, K), actions (N,) -> the games that ended, with boards
-        (T, C), pi (T, K) and outcomes z (T,) of all their T moves.
+    def step(self, policies: np.ndarray, actions: np.ndarray) -> list[tuple]:
+        """One move in each game: pi (N, K), actions (N,) -> of each game that ended, its number,
+        and boards (T, C), pi (T, K) and outcomes z (T,) of its T moves.
         """
         following, finished = self.game.move(self.boards, actions), []
         won = self.game.has_lost(following)  # who would move next has lost
@@ -452,7 +452,7 @@ class SelfPlay:
             moves.append((self.boards[i], policies[i]))
             if ended[i]:
                 boards, pi = map(np.stack, zip(*moves))
-                finished.append((boards, pi, outcomes(len(moves), bool(won[i]))))
+                finished.append((i, boards, pi, outcomes(len(moves), bool(won[i]))))
                 self.moves[i], following[i] = [], self.game.first_board()
         self.boards = following.astype(np.float32)
         return finished
@@ -529,10 +529,10 @@ def train(args: Args) -> "Result":
             noise = dirichlet_noise(agent.game.legal_actions(games.boards), args.dirichlet_alpha)
             policies = search(agent, games.boards, args, noise)
             actions = choose(policies, games.lengths() < args.explore_moves)
-            envs.steps += args.num_envs
-            for boards, pi, z in games.step(policies, actions):
+            for i, boards, pi, z in games.step(policies, actions):
                 buffer.add(boards, pi, z)
-                envs.finished.append((envs.steps, z[0], len(z)))  # z[0]: of who began
+                envs.finished.append((envs.steps + i + 1, z[0], len(z)))  # z[0]: of who began
+            envs.steps += args.num_envs
 
             # Learn: the gradient steps that are due in these N moves.
             first = max(envs.steps - args.num_envs + 1, args.learning_starts)

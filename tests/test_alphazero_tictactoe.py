@@ -397,13 +397,15 @@ def test_two_games_by_hand():
         seen.append(games.boards.copy())
         ended.append(games.step(policies_of(t, t + 0.5), np.array(actions)))
     assert [len(finished) for finished in ended] == [0, 0, 0, 0, 1, 0, 0, 0, 1]
-    ((boards, policies, outcomes),) = ended[4]
+    ((number, boards, policies, outcomes),) = ended[4]
+    assert number == 0
     assert outcomes.tolist() == [1, -1, 1, -1, 1]
     assert policies[:, 0].tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(boards, [board[0] for board in seen[:5]])
     assert boards[4].tolist() == [1, 1, 0, -1, -1, 0, 0, 0, 0]
     assert boards[3].tolist() == [-1, -1, 0, 1, 0, 0, 0, 0, 0]
-    ((boards, policies, outcomes),) = ended[8]
+    ((number, boards, policies, outcomes),) = ended[8]
+    assert number == 1
     assert outcomes.tolist() == [0] * 9
     assert policies[:, 0].tolist() == [t + 0.5 for t in range(9)]
     assert games.boards.tolist()[1] == [0] * 9 and games.lengths().tolist() == [4, 0]
@@ -421,7 +423,7 @@ def test_running_games_come_back_from_a_checkpoint(tmp_path, moves):
     for game in games:
         for t in range(moves, 7):
             finished = game.step(policies_of(t, t), np.array([order[t], order[t]]))
-        results.append((game.boards.tolist(), [[p.tolist() for p in g] for g in finished]))
+        results.append((game.boards.tolist(), [[p.tolist() for p in g[1:]] for g in finished]))
     assert results[0] == results[1]
 
 
@@ -477,7 +479,7 @@ def test_the_loop(tmp_path, monkeypatch, explore_moves):
                 for t, (board, policy) in enumerate(moves):
                     z = 0 if not won else 1 if (len(moves) - t) % 2 == 1 else -1
                     kept.append((board, policy, z))
-                returns.append((4 * (k + 1), kept[-len(moves)][2]))
+                returns.append((4 * k + i + 1, kept[-len(moves)][2]))
                 lengths.append(len(moves))
                 running[i], boards[i] = [], 0
     assert state["buffer"]["num_added"] == len(kept) > 100
