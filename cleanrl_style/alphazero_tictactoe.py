@@ -92,7 +92,7 @@ class Args:
     env_id: str = "TicTacToe-v0"  # Gymnasium environment, or my_module:MyEnv-v0
     env_kwargs: str = "{}"  # of the environment, as JSON: '{"is_slippery": false}'
     seed: Annotated[int, 0, 2**63 - 1] = 1  # of all random numbers in the run
-    total_timesteps: Steps = 50_000  # environment steps to train for, at least
+    total_timesteps: Steps = 100_000  # environment steps to train for, at least
     num_envs: SmallCount = 32  # parallel environments (N)
 
     learning_rate: Positive = 2e-3  # step size of the optimizer

@@ -19,8 +19,8 @@ from torch import nn
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 1500 --learning-starts 100 --buffer-size 600 --sequence-length 8 "
-    "--burn-in 3 --target-network-frequency 50 --train-frequency 20 --checkpoint-frequency 400 "
+    "--total-timesteps 1500 --learning-starts 100 --buffer-size 600 --sequence-length 4 "
+    "--burn-in 2 --target-network-frequency 50 --train-frequency 20 --checkpoint-frequency 400 "
     "--eval-frequency 600 --eval-episodes 5"
 )
 OWN = "discrete"

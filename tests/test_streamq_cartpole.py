@@ -22,7 +22,7 @@ TINY = (
     "--eval-episodes 5"
 )
 OWN = "discrete"
-OWN_FLAGS = "--total-timesteps 4000"
+OWN_FLAGS = "--total-timesteps 8000 --exploration-fraction 0.5"
 WRONG_SPACES = ["Pendulum-v1"]
 DIVERGES = "--learning-rate 1e30 --kappa 1e-30"  # the steps are bounded: kappa takes the bound away
 BAD = [
