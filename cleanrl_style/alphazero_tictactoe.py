@@ -560,10 +560,10 @@ def play(args: Args, agent: Agent, obs: np.ndarray) -> np.ndarray:
 def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[float, float]:
     """Plays args.eval_episodes whole episodes, the same ones each time: mean return and length.
 
-    Uses its own environments, and leaves the random state of the training as it is. Records the
-    first episode to the file `gif`, if given.
+    Uses its own environments, and leaves the random state of the training as it is. Records every
+    board on which the agent moves in the first episode to the file `gif`, if given.
     """
-    num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 2
+    num_envs, frames, stride = min(args.num_envs, args.eval_episodes), [], 1
     quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # for each
     envs = Envs(args, num_envs, EVALUATION, draw=gif is not None)
     with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
@@ -572,13 +572,13 @@ def evaluate(args: Args, network: nn.Module, gif: Path | None = None) -> tuple[f
         while len(which := np.flatnonzero(np.less(envs.episodes, quota))) > 0:
             if gif is not None and envs.episodes[0] == 0 and envs.lengths[0] % stride == 0:
                 frames.append(envs.render())
-                if len(frames) > MAX_FRAMES:  # faster from now on: every fourth frame, eighth ...
+                if len(frames) > MAX_FRAMES:  # faster from now on: every second frame, fourth ...
                     frames, stride = frames[::2], 2 * stride
             envs.step(play(args, network, envs.obs[which]), which)
     if gif is not None:
         images = [Image.fromarray(frame).quantize(256, FASTOCTREE) for frame in frames]
         with as_usage_error(f"cannot write {gif}", OSError):
-            images[0].save(gif, save_all=True, append_images=images[1:], duration=2000 / envs.fps,
+            images[0].save(gif, save_all=True, append_images=images[1:], duration=1000 / envs.fps,
                            loop=0)  # fmt: skip
     _, returns, lengths = np.array(envs.finished).T
     mean, deviation = returns.mean(), returns.std()
