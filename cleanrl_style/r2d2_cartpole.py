@@ -444,7 +444,7 @@ class ReplayBuffer:
         """One step of all environments, in parts of a Batch: (N, ...), but the state (2, N, H)."""
         sequence, t = divmod(self.rows_written, self.length)
         if t == 0:
-            self.set_sequence(sequence + 1, 0.0)  # its burn-in goes; it goes next
+            self.set_sequence(sequence + 1, 0.0)  # its burn-in is overwritten, and then it
         *parts, state = row
         for column, values in zip(self.columns.values(), parts):
             column.numpy()[self.rows_written % self.num_rows] = values

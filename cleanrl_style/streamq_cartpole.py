@@ -37,7 +37,10 @@ Shapes   N environments; B = 1, the transitions of an update; O numbers of an ob
          actions; W weights of the network.
 Run      python streamq_cartpole.py
          python streamq_cartpole.py --env-id Acrobot-v1
-Expect   No record yet.
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with --compile, start-up and evaluation, on one core of an AMD
+         EPYC that had other work, too:
+             CartPole-v1     496.1 (463.9 to 500.0)    100k steps    98 s
 """
 
 import contextlib
