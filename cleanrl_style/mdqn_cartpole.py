@@ -29,9 +29,7 @@ Differs  Adam with its usual epsilon, and a learning rate that falls linearly to
          the rewards that would have followed (it bootstraps).
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K actions.
 Run      python mdqn_cartpole.py
-         python mdqn_cartpole.py --env-id Acrobot-v1 --num-envs 1 --learning-rate 6.3e-4 \
-             --buffer-size 50000 --target-network-frequency 250 --batch-size 128 --end-e 0.1 \
-             --exploration-fraction 0.12 --train-frequency 4 --gradient-steps 4 --hidden-size 256
+         python mdqn_cartpole.py --env-id Acrobot-v1
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
          seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
          had other work, too:

@@ -224,7 +224,7 @@ def linear_epsilon(step: int, start: float, end: float, duration: float) -> floa
 
 
 class Actor:
-    """The Q-network in NumPy: for a few rows, it is several times as fast as in PyTorch.
+    """The Q-network with its LSTM in NumPy: several times as fast as in PyTorch for a few rows.
 
     It shares the weights of a network on the CPU. Of one on a GPU, it is a copy.
     """

@@ -374,7 +374,7 @@ def train(args: Args) -> "Result":
 
 
 def play(args: Args, q_network: QNetwork, obs: np.ndarray) -> np.ndarray:
-    """How the trained policy is evaluated: observations (N, O) -> actions (N,)."""
+    """How the trained policy is evaluated, which is greedy: observations (N, O) -> actions (N,)."""
     return act(Actor(q_network), obs, epsilon=0.0)[0]
 
 
