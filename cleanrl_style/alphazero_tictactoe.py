@@ -37,7 +37,11 @@ Shapes   N games; M simulations; B positions of a batch; C numbers of a board; K
 Run      python alphazero_tictactoe.py
          Your own game: --env-id my_module:MyGame-v0, an environment with an opponent, which the
          agent meets in evaluation only, and with TicTacToe's four methods from first_board on.
-Expect   No record yet.
+Expect   Mean outcome of 100 games against an opponent that makes no mistake, where 0 is the best
+         that can be reached; mean over seeds 1 to 10 (worst to best seed), and median wall time
+         with start-up and evaluation, on one core of an AMD EPYC that had other work, too:
+             TicTacToe-v0    0.0 (0.0 to 0.0)    100k steps    89 s
+         Eight seeds lose none of the 100 games, one loses 1, one 2.
 """
 
 import contextlib

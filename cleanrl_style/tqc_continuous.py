@@ -47,7 +47,7 @@ Run      python tqc_continuous.py
 Expect   Return of the deterministic policy over 100 episodes, mean over seeds (worst to best seed),
          and median wall time with start-up and evaluation, on one core that had other work, too,
          in bfloat16. MuJoCo with --num-critics 2, Hopper with --num-dropped 5:
-             Pendulum-v1     -145.7 (-156.8 to -137.5)   20k steps, 376 s     seeds 1 to 10, both CPUs
+             Pendulum-v1     -145.7 (-156.8 to -137.5)   20k steps, 376 s     seeds 1-10, both CPUs
              HalfCheetah-v5  7643.3 (7242.9 to 8043.7)   300k steps, 44 min   seeds 1, 2, EPYC
              Hopper-v5       3362.1 (3284.9 to 3439.4)   300k steps, 53 min   seeds 1, 2, EPYC
 """

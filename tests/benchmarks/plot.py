@@ -123,8 +123,8 @@ def summary(record: Record) -> str:
     """For example '497.1 (491.2 to 499.8)': the mean of the evaluations, worst to best seed."""
     values = list(record.evaluations.values())
     if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+        return f"{values[0]:z.1f}"
+    return f"{np.mean(values):z.1f} ({min(values):z.1f} to {max(values):z.1f})"
 
 
 def last20(record: Record) -> str:
@@ -132,7 +132,7 @@ def last20(record: Record) -> str:
     if "solved" not in record.head:
         return ""
     low, high = min(record.last20), max(record.last20)
-    return f"{low:.1f} to {high:.1f} in the last 20 training games"
+    return f"{low:z.1f} to {high:z.1f} in the last 20 training games"
 
 
 def short(number: int) -> str:
@@ -218,7 +218,7 @@ def scripts_table() -> str:
         result = "–"
         if record:
             mean = np.mean(list(record.evaluations.values()))
-            result = f"{record.env_id}: **{mean:.1f}** after "
+            result = f"{record.env_id}: **{mean:z.1f}** after "
             result += f"{short(record.steps)} steps, {wall_time(record)}"
         lines.append(f"| {cell} | {result} | {equal_speed(script)} |")
     return "\n".join(lines)
@@ -243,10 +243,10 @@ def environment_table(found: list[Record]) -> str:
         values = np.array(list(record.evaluations.values()))
         low, high = interval(values)
         # The bootstrap interval of three seeds is from the worst to the best.
-        band = f" ({low:.1f} to {high:.1f})" if len(values) >= 5 else ""
-        spread = f": {values.min():.1f} to {values.max():.1f}" if len(values) > 1 else ""
+        band = f" ({low:z.1f} to {high:z.1f})" if len(values) >= 5 else ""
+        spread = f": {values.min():z.1f} to {values.max():z.1f}" if len(values) > 1 else ""
         lines.append(
-            f"| [{label(record, found)}]({record.name}.csv) | **{values.mean():.1f}**{band} "
+            f"| [{label(record, found)}]({record.name}.csv) | **{values.mean():z.1f}**{band} "
             f"| {len(values)}{spread} | {short(record.steps)}, {wall_time(record)} |"
         )
     return "\n".join(lines)
