@@ -40,7 +40,7 @@ Run      python ppo_rnd_deepsea.py
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
          seed), and median wall time with --compile, start-up and evaluation, on one core of an AMD
          EPYC that had other work, too:
-             DeepSea-v0    0.8 (-0.0 to 1.0)    200k steps   30 s   eight of ten find the treasure
+             DeepSea-v0    0.8 (0.0 to 1.0)     200k steps   30 s   eight of ten find the treasure
              With --int-coef 0:
                            0.0 (0.0 to 0.0)     200k steps   30 s   none does
 """
