@@ -92,13 +92,13 @@ class Args:
     total_timesteps: Steps = 100_000  # environment steps to train for, at least
     num_envs: SmallCount = 4  # parallel environments (N)
 
-    learning_rate: Positive = 2.5e-3  # step size of the optimizer
+    learning_rate: Positive = 1e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     buffer_size: Size = 100_000  # transitions in the replay buffer
     gamma: Fraction = 0.99  # discount factor
     num_quantiles: SmallCount = 10  # quantiles of each return Z(s, a) (M)
     tau: Fraction = 1.0  # step of the target network towards the Q-network; 1: a copy
-    target_network_frequency: Steps = 1_000  # environment steps between updates of it
+    target_network_frequency: Steps = 500  # environment steps between updates of it
     batch_size: Count = 64  # transitions in a minibatch (B)
     start_e: Fraction = 1.0  # epsilon, the probability of a random action, at the start
     end_e: Fraction = 0.05  # epsilon after its decay
