@@ -36,6 +36,7 @@ Expect   Return of the policy M over 100 episodes, mean over seeds 1 to 10 (wors
          median wall time with start-up and evaluation, on one core of an AMD EPYC that had other
          work, too:
              MountainCarContinuous-v0    95.2 (94.1 to 95.9)    200k steps     6 s
+             Swimmer-v5, seeds 1 to 3    178.9 (12.2 to 342.7)  2M steps     237 s
 """
 
 import contextlib

@@ -81,7 +81,7 @@ Count = Annotated[int, 1, 10**6]
 SmallCount = Annotated[int, 1, 4096]
 Fraction = Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-30, 1e30]
-Negative = Annotated[float, -1e30, 0]
+Real = Annotated[float, -1e9, 1e9]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Args:
     gamma: Fraction = 0.99  # discount factor
     temperature: Positive = 0.03  # of the policy that is made of Q: the lower, the greedier
     munchausen_alpha: Fraction = 0.9  # weight of the bonus, a log probability; 0: none
-    munchausen_floor: Negative = -1.0  # least temperature * log probability of the bonus
+    munchausen_floor: Real = -1.0  # least temperature * log probability of the bonus
     tau: Fraction = 1.0  # step of the target network towards the Q-network; 1: a copy
     target_network_frequency: Steps = 500  # environment steps between updates of it
     batch_size: Count = 64  # transitions in a minibatch (B)
@@ -124,6 +124,8 @@ class Args:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.munchausen_floor > 0:
+            raise ValueError("--munchausen-floor must be at most 0")
         if self.learning_starts < self.batch_size:
             raise ValueError("--learning-starts must be at least --batch-size")
         if self.buffer_size < self.learning_starts:
