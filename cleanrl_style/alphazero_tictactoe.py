@@ -41,7 +41,8 @@ Expect   Mean outcome of 100 games against an opponent that makes no mistake, wh
          that can be reached; mean over seeds 1 to 10 (worst to best seed), and median wall time
          with start-up and evaluation, on one core of an AMD EPYC that had other work, too:
              TicTacToe-v0    0.0 (0.0 to 0.0)    100k steps    89 s
-         Eight seeds lose none of the 100 games, one loses 1, one 2.
+         Eight seeds lose none of the 100 games, one loses 1, one 2. The return that is logged while
+         training is the first player's, in games of two that are equally strong.
 """
 
 import contextlib
