@@ -146,6 +146,8 @@ def test_a_game_by_hand_and_what_is_not_allowed():
     assert env.step(4)[1:3] == (-1.0, True)
     env.board = np.float32([1, -1, 1, 1, -1, -1, -1, 1, 0])
     assert env.step(8)[1:3] == (0.0, True)  # a draw
+    env.board = np.float32([1, -1, 1, 1, -1, -1, -1, 0, 0])
+    assert env.step(7)[1:3] == (0.0, True)  # and one that the opponent's move ends
 
 
 def test_who_begins_is_drawn_and_the_picture_shows_the_board():
@@ -425,6 +427,8 @@ def test_running_games_come_back_from_a_checkpoint(tmp_path, moves):
             finished = game.step(policies_of(t, t), np.array([order[t], order[t]]))
         results.append((game.boards.tolist(), [[p.tolist() for p in g[1:]] for g in finished]))
     assert results[0] == results[1]
+    with pytest.raises(ValueError, match="there were 2 games, 3 now"):
+        script.SelfPlay(script.TicTacToe(), 3).load_state_dict(games[0].state_dict())
 
 
 @pytest.mark.parametrize("size, count", [(7, 5), (7, 20)])

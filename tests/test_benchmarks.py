@@ -255,6 +255,11 @@ def test_docstrings_say_what_the_records_say(record):
     assert plot.summary(record) in " ".join(plot.docstring(record.script).split())
 
 
+def test_a_mean_that_is_nearly_0_has_no_sign():
+    record = plot.Record("a__b", {}, {}, {1: -0.01, 2: 0.0}, [], 1)
+    assert plot.summary(record) == "0.0 (0.0 to 0.0)"
+
+
 def test_every_record_is_on_the_page_and_in_a_picture():
     drawn = [record for group in plot.environments().values() for record in sum(group.values(), [])]
     assert sorted(record.name for record in drawn) == sorted(
