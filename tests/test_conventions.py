@@ -31,6 +31,7 @@ TAGS = {
     "losses/policy_loss",
     "losses/value_loss",
     "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches
+    "losses/reward_loss",  # cross-entropy of the rewards that a model predicts
     "losses/novelty_loss",  # mean squared error of the network that imitates a random one
     "losses/kl",  # of the old policy from the new one, in nats, exact, after the step
     "losses/step_fraction",  # of the step of a trust region, that the line search took; 0: none

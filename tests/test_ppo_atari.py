@@ -44,7 +44,7 @@ LEARNS = [(f"{CATCH} --norm-obs --no-clip-vloss", 0.9)]  # from pixels; chance: 
 PUBLISHED = {
     "ALE-Pong-v5": "CleanRL 20.4, Zoo 21.0 (10M)",
     "ALE-Breakout-v5": "CleanRL 414.7, Zoo 398 (10M)",
-    "ALE-Breakout-v5-10M": "CleanRL 414.7, Zoo 398 (10M)",
+    "ALE-Breakout-v5-8M": "CleanRL 414.7, Zoo 398 (10M)",
 }
 # How speed.py measures the script, and beside what; its first lines explain the form.
 SPEED = {
