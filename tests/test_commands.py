@@ -55,6 +55,7 @@ def reference(script, tmp_path_factory):
 
 def test_help(script, bench):
     """Two groups; each flag with its comment and default; the example commands."""
+    bench.environment["COLUMNS"] = "100"  # in a wide one, tyro sets the groups side by side
     ended, module = bench.run("--help"), importlib.import_module(script)
     assert ended.code == 0, ended
     ended.out = " ".join(ended.out.replace("│", " ").split())
