@@ -19,12 +19,15 @@ from diary import check_episodes, check_settings, recorded, side_by_side, train
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 1500 --num-envs 8 --num-simulations 4 --learning-starts 200 "
+    "--total-timesteps 1500 --num-envs 8 --num-simulations 4 --learning-starts 220 "
     "--buffer-size 600 --batch-size 32 --checkpoint-frequency 400 --eval-frequency 600 "
     "--eval-episodes 5"
 )
 OWN = "discrete"
-OWN_FLAGS = "--total-timesteps 4000 --learning-starts 500 --num-simulations 6"
+OWN_FLAGS = (
+    "--total-timesteps 4000 --learning-starts 500 --num-simulations 8 --train-frequency 2 "
+    "--learning-rate 3e-3"
+)
 WRONG_SPACES = ["Pendulum-v1"]
 DIVERGES = "--learning-rate 1e30"
 BAD = [
