@@ -25,8 +25,8 @@ TINY = (
 )
 OWN = "discrete"
 OWN_FLAGS = (
-    "--total-timesteps 4000 --learning-starts 500 --num-simulations 8 --train-frequency 2 "
-    "--learning-rate 3e-3"
+    "--total-timesteps 6000 --learning-starts 1500 --gamma 0.9 --learning-rate 5e-3 --n-step 3 "
+    "--root-noise 0.5 --end-temperature 1 --num-simulations 8 --train-frequency 4"
 )
 WRONG_SPACES = ["Pendulum-v1"]
 DIVERGES = "--learning-rate 1e30"
