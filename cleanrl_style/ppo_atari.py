@@ -44,8 +44,8 @@ Expect   10 games after training, actions sampled, mean over seeds 1 to 3 (worst
          Breakout, 1M steps, these flags but --anneal-lr, in float32, seeds 1 and 2:
              52.4 (50.8 to 54.0)     42 and 63 min, on CPUs without bfloat16
          the same, 8M steps, in bfloat16 with --compile, seed 1 alone:
-             133.2                   153 min; until step 7.45M, where learning broke down, the last
-                                     63 games while training had a mean of 415
+             133.2                   153 min; while training, 415 over 63 games until step 7.45M,
+                                     209 over the last 200k steps, after learning broke down
 """
 
 import contextlib
