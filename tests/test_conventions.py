@@ -32,6 +32,9 @@ TAGS = {
     "losses/value_loss",
     "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches
     "losses/reward_loss",  # cross-entropy of the rewards that a model predicts
+    "losses/obs_loss",  # squared error of the observations that a model tells, summed over them
+    "losses/continue_loss",  # cross-entropy of whether the episode goes on, as a model tells
+    "losses/latent_kl",  # of a model's prior from its posterior, in nats, at least the free ones
     "losses/novelty_loss",  # mean squared error of the network that imitates a random one
     "losses/kl",  # of the old policy from the new one, in nats, exact, after the step
     "losses/step_fraction",  # of the step of a trust region, that the line search took; 0: none
