@@ -38,10 +38,16 @@ Differs  N games are played side by side, with one gradient step for every 4 of 
          2016). In evaluation, weights are without noise, and epsilon is 0.01.
 Shapes   N games; B transitions of a batch; K actions; M atoms; R rows of the buffer.
 Run      python rainbow_atari.py
+         python rainbow_atari.py --env-id ALE/Pong-v5 --total-timesteps 400000 --norm-obs \
+             --buffer-size 100000 --learning-starts 10000 --target-network-frequency 500 \
+             --learning-rate 3e-4 --num-threads 1 --compile
          python rainbow_atari.py --env-id ALE/Pong-v5 --total-timesteps 100000 --num-envs 1 \
              --buffer-size 100000 --learning-starts 1600 --train-frequency 1 --n-step 20 \
              --network small --learning-rate 1e-4 --target-network-frequency 2000
-Expect   Not measured yet. The second command is the data-efficient form.
+Expect   Pong with the second command, in bfloat16, on one core of an AMD EPYC that had other work,
+         too, seed 1 alone:
+             19.8    10 games after training; 400k steps in 125 min, 18 reached after 364k
+         The third command is the data-efficient form. It is not measured yet.
 """
 
 import contextlib
