@@ -5,7 +5,7 @@
 #   "tqdm>=4.66.0",
 # ]
 # ///
-"""Distributional Q-learning (C51) for flat observations and discrete actions.
+r"""Distributional Q-learning (C51) for flat observations and discrete actions.
 
 Paper    Bellemare, Dabney, Munos (2017), "A Distributional Perspective on Reinforcement
          Learning", Algorithm 1.
@@ -28,11 +28,16 @@ Differs  Adam with its usual epsilon, and a learning rate that falls linearly to
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K actions; M atoms.
 Run      python c51_cartpole.py
          python c51_cartpole.py --env-id Acrobot-v1 --v-min -100 --v-max 0
+         python c51_cartpole.py --env-id MountainCar-v0 --total-timesteps 200000 --num-envs 1 \
+             --learning-rate 4e-3 --buffer-size 200000 --gamma 0.98 --v-min -50 --v-max 0 \
+             --batch-size 128 --target-network-frequency 600 --end-e 0.07 --train-frequency 16 \
+             --gradient-steps 8 --hidden-size 256
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
          seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC
          (Acrobot: of an Intel Xeon) that had other work, too:
              CartPole-v1     497.8 (478.3 to 500.0)    100k steps   115 s
              Acrobot-v1      -83.0 (-100.9 to -73.5)   100k steps   107 s
+             MountainCar-v0  -100.5 (-107.5 to -98.4)  200k steps   445 s   by the last command
 """
 
 import contextlib

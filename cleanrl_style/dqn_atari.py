@@ -5,7 +5,7 @@
 #   "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
-"""Deep Q-learning (DQN) from pixels, for Atari games.
+r"""Deep Q-learning (DQN) from pixels, for Atari games.
 
 Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1.
          Double Q-learning: van Hasselt et al. (2016), "Deep reinforcement learning with double

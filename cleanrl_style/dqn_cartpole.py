@@ -5,7 +5,7 @@
 #   "tqdm>=4.66.0",
 # ]
 # ///
-"""Deep Q-learning (DQN) for flat observations and discrete actions.
+r"""Deep Q-learning (DQN) for flat observations and discrete actions.
 
 Paper    Mnih et al. (2015), "Human-level control through deep reinforcement learning", Algorithm 1.
 Idea     Learn Q(s, a), the expected discounted return of action a in state s if the best actions

@@ -5,7 +5,7 @@
 #   "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
-"""Implicit quantile networks (IQN) from pixels, for Atari games.
+r"""Implicit quantile networks (IQN) from pixels, for Atari games.
 
 Paper    Dabney, Ostrovski, Silver, Munos (2018), "Implicit quantile networks for distributional
          reinforcement learning", Algorithm 1, equations 3 and 4. Double Q-learning: van Hasselt

@@ -5,7 +5,7 @@
 #   "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
-"""Parallelised Q-network (PQN) from pixels, for Atari games.
+r"""Parallelised Q-network (PQN) from pixels, for Atari games.
 
 Paper    Gallici et al. (2024), "Simplifying deep temporal difference learning", Algorithm 1, with
          the lambda-returns of its section on Q(lambda).

@@ -5,7 +5,7 @@
 #   "tqdm>=4.66.0",
 # ]
 # ///
-"""Parallelised Q-network (PQN) for flat observations and discrete actions.
+r"""Parallelised Q-network (PQN) for flat observations and discrete actions.
 
 Paper    Gallici et al. (2024), "Simplifying deep temporal difference learning", Algorithm 1, with
          the lambda-returns of its section on Q(lambda).

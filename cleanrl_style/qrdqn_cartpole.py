@@ -5,7 +5,7 @@
 #   "tqdm>=4.66.0",
 # ]
 # ///
-"""Distributional Q-learning by quantiles (QR-DQN) for flat observations and discrete actions.
+r"""Distributional Q-learning by quantiles (QR-DQN) for flat observations and discrete actions.
 
 Paper    Dabney, Rowland, Bellemare, Munos (2018), "Distributional reinforcement learning with
          quantile regression", Algorithm 1.

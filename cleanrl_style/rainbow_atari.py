@@ -5,7 +5,7 @@
 #   "tensorboard>=2.20.0", "tqdm>=4.66.0",
 # ]
 # ///
-"""Rainbow from pixels, for Atari games: DQN and six improvements, each with a switch.
+r"""Rainbow from pixels, for Atari games: DQN and six improvements, each with a switch.
 
 Paper    Hessel et al. (2018), "Rainbow: Combining Improvements in Deep Reinforcement Learning".
          The data-efficient form: van Hasselt, Hessel, Aslanides (2019), "When to use parametric
