@@ -29,13 +29,13 @@ Idea     Soft actor-critic (SAC) that learns more from each step of the environm
 
          Transitions (s, a, r, s') are drawn at random from a replay buffer. Q_target is a slowly
          following average of Q. Every 20th gradient step moves the policy and alpha, too.
-Differs  Where it does, the gradients of policy and critics are taken at the same weights. Until
+Differs  In these steps, the gradients of policy and critics are taken at the same weights. Until
          learning starts, actions are uniform. At a time limit, y counts the rewards that would have
          followed (it bootstraps). N environments are stepped in parallel; updates are counted in
          single steps, so N does not change their number. Critics and log pi see actions in (-1, 1):
-         so H = -K, in nats, means the same whatever the bounds. REDQ's authors choose another H.
+         so H = -K, in nats, means the same whatever the bounds.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action; C
-         critics; H units of a hidden layer.
+         critics, M of them in a target; U units of a hidden layer.
 Run      python droq_continuous.py
          python droq_continuous.py --num-critics 10 --dropout 0 --no-layer-norm    (REDQ)
          python droq_continuous.py --env-id Hopper-v5 --total-timesteps 100000 \
@@ -194,7 +194,7 @@ class DropoutMLP(nn.Module):
         self.norms, self.head = nn.ModuleList(norm(size) for _ in range(2)), nn.Linear(size, 1)
 
     def forward(self, rows: Tensor, masks: Tensor) -> Tensor:
-        """(B, inputs), factors of the hidden units (2, B, H) -> (B,)."""
+        """(B, inputs), factors of the hidden units (2, B, U) -> (B,)."""
         for layer, norm, mask in zip(self.hidden, self.norms, masks):
             rows = norm(layer(rows) * mask).relu()
         return self.head(rows).squeeze(1)
@@ -209,7 +209,7 @@ class Critics(nn.Module):
         self.networks = nn.ModuleList(DropoutMLP(*sizes) for _ in range(args.num_critics))
 
     def forward(self, obs: Tensor, actions: Tensor, masks: Tensor) -> Tensor:
-        """Observations (B, O), actions (B, K), factors of units (C, 2, B, H) -> Q(s, a) (C, B)."""
+        """Observations (B, O), actions (B, K), factors of units (C, 2, B, U) -> Q(s, a) (C, B)."""
         inputs = torch.cat([obs, actions], dim=1)
         return torch.stack([network(inputs, m) for network, m in zip(self.networks, masks)])
 
@@ -352,8 +352,7 @@ class Chance(NamedTuple):
     """What a gradient step draws at random."""
 
     noise: Tensor  # standard normal, for the actions a' and b, (2, B, K)
-    masks: Tensor  # factors of units, for Q_target(s', a'), Q(s, a) and, if the policy moves,
-    # Q(s, b), (2 or 3, C, 2, B, H)
+    masks: Tensor  # factors of units for Q_target(s', a'), Q(s, a), maybe Q(s, b), (., C, 2, B, U)
     subset: Tensor  # the critics of which a target takes the least, (M,)
 
 

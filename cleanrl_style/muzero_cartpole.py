@@ -40,7 +40,7 @@ Shapes   N environments; M simulations; B windows of a batch, of U + n + 1 steps
 Run      python muzero_cartpole.py
 Expect   Return over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and median wall
          time with start-up and evaluation, on one core of an AMD EPYC that had other work, too:
-             CartPole-v1    469.8 (371.4 to 500.0)    100k steps    505 s (alone: 242 s)
+             CartPole-v1    469.8 (371.4 to 500.0)    100k steps    506 s (alone: 242 s)
 """
 
 import contextlib

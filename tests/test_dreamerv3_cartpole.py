@@ -351,7 +351,7 @@ def test_imagined_games_follow_policy_and_prior():
 def behaviour_loss_by_loops(agent, games, actions, running, spread, args):
     """One imagined game after the other."""
     horizon, num = actions.shape
-    losses, entropies, spreads = {"policy": 0.0, "value": 0.0}, 0.0, []
+    losses, entropies = {"policy": 0.0, "value": 0.0}, 0.0
     all_returns = np.zeros((horizon, num))
     for m in range(num):
         values = script.expected(agent.critic(games[:, m])).tolist()
