@@ -221,9 +221,10 @@ class NoisyLinear(nn.Linear):
         self.register_buffer("output_noise", torch.zeros(outputs), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs) -> (B, outputs). The factors of the noise go to what comes in and out."""
-        noise = F.linear(x * self.input_noise, self.weight_sigma, self.bias_sigma)
-        return super().forward(x) + self.output_noise * noise
+        """(B, inputs) -> (B, outputs)."""
+        noise = self.output_noise[:, None] * self.input_noise
+        weight = self.weight + self.weight_sigma * noise
+        return F.linear(x, weight, self.bias + self.bias_sigma * self.output_noise)
 
 
 def make_linear(inputs: int, outputs: int, args: Args) -> nn.Linear:
@@ -241,7 +242,8 @@ class QNetwork(nn.Module):
 
     def __init__(self, num_actions: int, atoms: Tensor, args: Args) -> None:
         super().__init__()
-        self.bfloat16, self.distributional = use_bfloat16(args), args.distributional
+        self.bfloat16, self.noisy = use_bfloat16(args), args.noisy
+        self.distributional = args.distributional
         self.register_buffer("atoms", atoms, persistent=False)  # Args has them, not checkpoints
         self.obs_statistics = RunningStatistics(84 * 84) if args.norm_obs else None  # of each pixel
         self.block_size = 4 if args.network == "dqn" else 1  # pixels on a side
@@ -278,9 +280,11 @@ class QNetwork(nn.Module):
         pixels = self.normalize(obs)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
             features = self.features(pixels)
-        features = features.float()  # to round the next weights costs more than their product
-        hidden = [F.relu(layer(features)) for layer in self.hidden]
-        outputs = [head(units) for head, units in zip(self.heads, hidden)]
+        features = features.float()  # to round the next weights costs more than their product,
+        rounds = self.bfloat16 and self.noisy  # but not if noise makes other weights each time
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=rounds):
+            hidden = [F.relu(layer(features)) for layer in self.hidden]
+        outputs = [head(units.float()) for head, units in zip(self.heads, hidden)]
         advantages = outputs[0].unflatten(1, (-1, len(self.atoms) if self.distributional else 1))
         return dueling(outputs[1], advantages) if len(outputs) == 2 else advantages
 
