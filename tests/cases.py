@@ -9,7 +9,7 @@ import time
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 # ---- To be learned, each to a best return that is known ------------------------------------------
 
@@ -153,8 +153,34 @@ class Nim(gym.Env):
         return boards[:, 0] == 0
 
 
+class Lamps(gym.Env):
+    """Each of two agents sees a lamp of its own, on or off, and has a switch of three positions: 1
+    for off, 2 for on. A step pays 1 if both are right, and -1 if none is. Best: 6.
+    """
+
+    BEST = 6.0
+    observation_space, action_space = Box(0, 1, (2, 1), np.float64), MultiDiscrete([3, 3])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.show(), {}
+
+    def show(self):
+        self.lamps = self.np_random.integers(2, size=(2, 1))
+        return self.lamps.astype(np.float64)
+
+    def step(self, action):
+        right = int((action == self.lamps[:, 0] + 1).sum())
+        self.t += 1
+        return self.show(), right - 1.0, False, self.t == 6, {}
+
+
 # With which of them each script is run: OWN in its test file.
-OWN = {"discrete": TwoStates, "continuous": Compass, "pixels": Side, "goals": Walk, "boards": Nim}
+OWN = {
+    "discrete": TwoStates, "continuous": Compass, "pixels": Side, "goals": Walk, "boards": Nim,
+    "teams": Lamps,
+}  # fmt: skip
 
 
 class Catch(gym.Env):
