@@ -9,13 +9,13 @@ r"""Implicit Q-learning (IQL) from recorded steps, for flat observations and con
 
 Paper    Kostrikov, Nair, Levine (2021), "Offline reinforcement learning with implicit Q-learning",
          equations 5 to 7.
-Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recorded them, and try
-         nothing (offline). Here Q-learning fails: a' of its target may be an action that nobody
-         tried, and the maximum finds those whose values are too high by mistake. IQL asks Q for
-         recorded actions only. V(s) is a high expectile of Q(s, a) over the actions recorded in
-         states like s: with expectile 1/2 it is their mean, and nearer to 1 nearer to the best.
+Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recorded them, without
+         acting (offline). Q-learning fails here: the maximum over a' in its target finds actions
+         that nobody tried and whose values are too high by mistake, and no trial corrects them. IQL
+         asks Q for recorded actions only. V(s) is a high expectile of Q(s, a) over the actions
+         recorded in states like s: their mean, if the expectile is 1/2; towards 1, the largest.
 
-             u    = min_k Q_target,k(s, a) - V(s)
+             u    = min_k Q_target,k(s, a) - V(s)               the advantage of a
              J_V  = mean of weight * u^2        weight: expectile where u > 0, else 1 - expectile
              J_Q  = sum over k of the mean of (Q_k(s, a) - y)^2 / 2
                     y = r + gamma * V(s')       or r alone, if the episode terminated
@@ -23,20 +23,22 @@ Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recor
 
          The policy, a Gaussian, imitates the recorded actions, and those above V the most. With
          beta 0 it imitates all alike (behaviour cloning). Q_target is a slowly following average
-         of Q, so that u does not move with every step.
-         The data are random play, made in the beginning, or the replay buffer of a run of
-         sac_continuous.py or of td3_continuous.py, or a file of NumPy with the names of D4RL.
-Differs  The gradients are taken at the same weights and make one step of Adam, whose step size
-         falls linearly to 0 (in the paper, only the policy's, as a cosine); no dropout. A step
-         that the log and --total-timesteps count is a gradient step. Networks see actions in
-         (-1, 1), which are scaled to their bounds for the environment only.
+         of Q, so that what V learns from moves slowly.
+         The data are random play, made at the start, or the replay buffer of a run of another
+         script, as sac_continuous.py or td3_continuous.py, or a NumPy file with D4RL's names.
+Differs  Rewards are scaled (--reward-scale), which beta has to fit. The gradients are taken at the
+         same weights and make one step of Adam, whose step size falls linearly to 0 (in the paper,
+         only the policy's, as a cosine). Steps in the log and in --total-timesteps are gradient
+         steps. At a time limit, y counts the rewards that would have followed (it bootstraps):
+         terminals is False there. Networks see actions from -1 to 1, which are scaled to their
+         bounds for the environment only.
 Shapes   N environments; D recorded transitions, B of them in a batch; O numbers of an observation;
          K of an action.
 Run      python iql_continuous.py
          python iql_continuous.py --beta 0    (behaviour cloning, for comparison)
-         python iql_continuous.py --dataset runs/Pendulum-v1__sac_continuous__1__20261130
-         python iql_continuous.py --dataset recorded.npz    (observations, actions, rewards,
-             next_observations, terminals: arrays of D rows)
+         python iql_continuous.py --dataset runs/NAME    (folder of a run of sac_continuous.py)
+         python iql_continuous.py --dataset recorded.npz    (arrays of D rows: observations,
+             actions, rewards, next_observations, terminals)
 Expect   not yet recorded
 """
 
@@ -78,7 +80,7 @@ from tqdm import tqdm
 SCRIPT = "iql_continuous"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
 LOG_STD_RANGE = -5, 2  # of the Gaussian
-LARGEST_WEIGHT = 100.0  # of an action that is imitated
+LARGEST_WEIGHT = 100.0  # of an action in J_pi
 
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
@@ -105,8 +107,8 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     gamma: Fraction = 0.99  # discount factor
     reward_scale: Positive = 0.1  # factor of rewards, and so of Q, V and u
-    expectile: Annotated[float, 0.5, 1] = 0.9  # of Q over recorded actions; 1: their maximum
-    beta: Weight = 3.0  # how much more the policy imitates actions above V; 0: all alike
+    expectile: Annotated[float, 0.5, 0.999] = 0.9  # of Q that V learns; 0.5: the mean
+    beta: Weight = 3.0  # preference of the policy for actions above V; 0: imitates all alike
     tau: Fraction = 0.005  # step of the target network towards the Q-network; 1: a copy
     batch_size: Count = 256  # transitions in a minibatch (B)
     hidden_size: SmallCount = 256  # units in each of the two hidden layers
@@ -182,7 +184,7 @@ class Critics(nn.Module):
 class Agent(nn.Module):
     """pi(a|s), its two critics and V(s).
 
-    pi is a Gaussian, whose means depend on s and whose standard deviations do not. Actions in
+    pi is a diagonal Gaussian; its means depend on s, its standard deviations do not. Actions in
     (-1, 1) are scaled to low and high (K,).
     """
 
@@ -262,13 +264,16 @@ def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
 def expectile_loss(u: Tensor, expectile: float) -> Tensor:
     """J_V, mean of weight * u^2 (equation 5): (B,) -> scalar.
 
-    V above which the errors, weighted so, add up to as much as below it is the expectile of Q.
+    It is least where the weighted errors above and below V balance: at the expectile of Q.
     """
     return (torch.where(u > 0, expectile, 1 - expectile) * u.square()).mean()
 
 
 def policy_loss(log_probs: Tensor, u: Tensor, beta: float) -> Tensor:
-    """J_pi, -mean of min(exp(beta * u), 100) * log pi(a|s) (equation 7): (B,), (B,) -> scalar."""
+    """J_pi, -mean of min(exp(beta * u), 100) * log pi(a|s): (B,), (B,) -> scalar.
+
+    Equation 7, in which the authors' code limits the weights.
+    """
     return -((beta * u).exp().clamp(max=LARGEST_WEIGHT) * log_probs).mean()
 
 
@@ -297,10 +302,10 @@ def compute_gradient(
         next_values = agent.values(batch.next_obs).squeeze(1)
         rewards = args.reward_scale * batch.rewards
         target = td_target(rewards, batch.terminated, next_values, args.gamma)
-        recorded_q = target_critics(batch.obs, batch.actions).min(0).values
+        target_q = target_critics(batch.obs, batch.actions).min(0).values
     q_values = agent.critics(batch.obs, batch.actions)
     critic_loss = (q_values - target).square().mean()  # over both critics: J_Q, with its halves
-    u = recorded_q - agent.values(batch.obs).squeeze(1)
+    u = target_q - agent.values(batch.obs).squeeze(1)
     value_loss = expectile_loss(u, args.expectile)
     log_probs = log_prob(agent(batch.obs), agent.log_std, batch.actions)
     actor_loss = policy_loss(log_probs, u.detach(), args.beta)
@@ -334,11 +339,11 @@ def random_play(args: Args) -> Batch:
     with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         envs.reset()
-        low, high = envs.action_space.low, envs.action_space.high
+        space = envs.action_space  # which has bounds, as an actor has
         while envs.steps < args.dataset_size:
             obs = envs.obs.copy()
-            actions = torch.empty(len(obs), len(low)).uniform_(-1, 1).numpy()
-            next_obs, rewards, terminated, _ = envs.step(low + (actions + 1) / 2 * (high - low))
+            actions = torch.empty(len(obs), *space.shape).uniform_(-1, 1).numpy()
+            next_obs, rewards, terminated, _ = envs.step(to_bounds(space, actions))
             rows.append((obs, actions, rewards, next_obs, terminated))
     if envs.finished:
         returns = [episodic_return for _, episodic_return, _ in envs.finished]
@@ -346,25 +351,25 @@ def random_play(args: Args) -> Batch:
     return Batch(*(torch.from_numpy(np.concatenate(column)) for column in zip(*rows)))
 
 
-def read_dataset(args: Args) -> Batch:
-    """All recorded transitions, D of them, with actions in (-1, 1)."""
-    with contextlib.closing(Envs(args, 1, TRAINING)) as envs:
-        obs_size, space = envs.obs.shape[1], envs.action_space
-    path = Path(args.dataset)
-    data = read_arrays(path, space) if path.suffix == ".npz" else read_run(path)
-    count = len(data.rewards)
+def read_dataset(args: Args, envs: "Envs") -> Batch:
+    """All recorded transitions, D of them, with actions from -1 to 1."""
+    path, space = Path(args.dataset), envs.action_space
+    data = read_arrays(path, space) if path.suffix == ".npz" else read_run(path, args.env_id)
+    count, obs_size = len(data.rewards), envs.obs.shape[1]
     shapes = [(count, obs_size), (count, *space.shape), (count,), (count, obs_size), (count,)]
     if count == 0 or [tuple(column.shape) for column in data] != shapes:
         raise UsageError(f"--dataset {path} does not fit {args.env_id}, or is empty")
     if not all(column.isfinite().all() for column in data):
         raise UsageError(f"--dataset {path} has numbers that are not finite")
-    return data
+    return data._replace(actions=data.actions.clamp(-1, 1))
 
 
-def read_run(path: Path) -> Batch:
+def read_run(path: Path, env_id: str) -> Batch:
     """The replay buffer in the last checkpoint of sac_continuous.py, or of a script like it."""
-    with as_usage_error(f"--dataset {path} is no run of sac_continuous.py", Exception):
+    with as_usage_error(f"--dataset {path} is no run with a replay buffer for {env_id}", Exception):
         state = torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)
+        if state["args"]["env_id"] != env_id:
+            raise ValueError(f"its environment is {state['args']['env_id']}")
         num_envs, count = state["args"]["num_envs"], state["buffer"]["count"]
         obs, actions, rewards, terminated, acted = state["buffer"]["columns"]
         rows = acted.nonzero().squeeze(1)  # the next observation is in the ring's next row
@@ -375,12 +380,12 @@ def read_run(path: Path) -> Batch:
 def read_arrays(path: Path, space: gym.spaces.Box) -> Batch:
     """A file of NumPy. Its actions are between the bounds of the environment."""
     names = "observations", "actions", "rewards", "next_observations", "terminals"
-    with as_usage_error(f"--dataset {path} does not have {', '.join(names)}", Exception):
+    with as_usage_error(f"--dataset {path} cannot be read as {', '.join(names)}", Exception):
         with np.load(path) as file:
             obs, actions, rewards, next_obs, terminated = (file[name] for name in names)
         if actions.shape[1:] != space.shape:
             raise ValueError(f"its actions have the shape {actions.shape}")
-        actions = (2 * (actions - space.low) / (space.high - space.low) - 1).clip(-1, 1)
+        actions = 2 * (actions - space.low) / (space.high - space.low) - 1
         numbers = (torch.from_numpy(np.float32(x)) for x in (obs, actions, rewards, next_obs))
         return Batch(*numbers, torch.from_numpy(terminated.astype(bool)))
 
@@ -396,7 +401,7 @@ def train(args: Args) -> "Result":
     agent = make_network(args, envs).to(device)
     target_critics = deepcopy(agent.critics)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-    recorded = None if args.dataset == "random" else read_dataset(args)
+    recorded = None if args.dataset == "random" else read_dataset(args, envs)
     parts = {"target_critics": target_critics, "optimizer": optimizer}
     with Run(args, envs, agent, **parts) as run:
         data = Batch(*(column.to(device) for column in recorded or random_play(args)))

@@ -8,37 +8,38 @@
 r"""QMIX for teams of agents that share one reward, with flat observations and discrete actions.
 
 Paper    Rashid et al. (2018), "QMIX: Monotonic value function factorisation for deep multi-agent
-         reinforcement learning", equations 4 to 6. --mixer vdn: Sunehag et al. (2018),
+         reinforcement learning", equations 5 and 6, figure 2. --mixer vdn: Sunehag et al. (2017),
          "Value-decomposition networks for cooperative multi-agent learning".
-Idea     Each agent has to act on what it alone sees, and the actions of all of them together are
-         too many for the outputs of one network. So each has a Q_i of its own, and a mixing network
-         makes Q_tot, the value for the team, of them. It is trained as in DQN (dqn_cartpole.py).
-         Q_tot never falls where a Q_i rises, so that the best action of each agent for itself is
-         its part of the best joint action.
+Idea     Each agent must act on its own observation, and the joint actions are too many for the
+         outputs of one network. So each agent has its own Q_i, and a mixing network combines these
+         into Q_tot, the team's value, which is trained as in DQN (dqn_cartpole.py). Q_tot never
+         falls when a Q_i rises, so that the best action of each agent for itself is its part of the
+         best joint action.
 
-             q_i   = Q_i(o_i, a_i)                              for A agents, each with its action
+             q_i   = Q_i(o_i, a_i)                              for each of A agents and its action
              Q_tot = W_2(s) . elu(W_1(s) q + b_1(s)) + b_2(s)   no number in W_1, W_2 is negative
              y     = r + gamma * max_a' Q_tot_target(s', a')    or r alone, if it terminated
              loss  = mean of (Q_tot - y)^2                      over B transitions
 
          W_1, b_1, W_2, b_2 are outputs of networks (hypernetworks) that see the state s: all
-         observations together. In training they tell each Q_i its share; to act, an agent needs
-         Q_i alone. With --mixer vdn, Q_tot is the sum of q. With --mixer none, each agent learns
-         for itself that y is the value of its own action (independent Q-learning).
+         observations together. They are for training only: to act, an agent needs Q_i alone. With
+         --mixer vdn, Q_tot is the sum of q. With --mixer none, each agent learns on its own, with
+         max Q_i_target in its y (independent Q-learning).
          In TwoStep, the game of the paper, the first agent chooses what is played next: a game that
          always pays 7, or one that pays 8 if both agents take their second action, 1 if one of them
-         does, else 0. Of all sums of two numbers, -1.5, 2.5, 2.5, 6.5 is nearest to 0, 1, 1, 8: for
-         VDN, if all actions are as frequent, the second game is worth 6.5.
-Differs  The agents share one network, which sees the agent's number, too. It has no memory; the
-         paper's is recurrent. Adam instead of RMSProp, with a learning rate that falls linearly
-         to 0. N environments are stepped in parallel. At a time limit, y counts the rewards that
-         would have followed (it bootstraps).
-Shapes   N environments; B transitions of a batch; A agents; O numbers that they see together, O / A
-         each; K actions of each; E units of the mixing network.
+         does, else 0. The closest sum of two numbers to 0, 1, 1, 8 is -1.5, 2.5, 2.5, 6.5. So with
+         random actions (--end-e 1), VDN values the second game at 6.5, and takes the 7.
+Differs  The state is made of the observations; the paper's is the environment's own. The agents
+         have no memory and do not see their last action, as those of the paper do in StarCraft.
+         Adam instead of RMSProp, with a learning rate that falls linearly to 0. N environments are
+         stepped in parallel. At a time limit, y counts the rewards that would have followed (it
+         bootstraps).
+Shapes   N environments; B transitions of a batch; A agents; O numbers of all observations together,
+         O / A of each; K actions of each agent; E units of the mixing network.
 Run      python qmix_twostep.py --end-e 1
          python qmix_twostep.py --end-e 1 --mixer vdn
          python qmix_twostep.py --env-id my_module:MyTeam-v0    (observations: a Box with A rows;
-             actions: MultiDiscrete, A equal numbers; the reward is that of the team)
+             actions: MultiDiscrete([K] * A); one reward for the team)
 Expect   not yet recorded
 """
 
@@ -101,7 +102,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     buffer_size: Size = 5_000  # transitions in the replay buffer
     gamma: Fraction = 0.99  # discount factor
-    mixer: Literal["qmix", "vdn", "none"] = "qmix"  # vdn: Q_tot is the sum; none: each for itself
+    mixer: Literal["qmix", "vdn", "none"] = "qmix"  # vdn: Q_tot is the sum; none: no Q_tot
     mixing_size: SmallCount = 32  # units of the mixing network (E)
     tau: Fraction = 1.0  # step of the target network towards the Q-network; 1: a copy
     target_network_frequency: Steps = 200  # environment steps between updates of it
@@ -141,8 +142,8 @@ class Args:
 
 class TwoStep(gym.Env):
     """Two agents play two steps. The first action of the first agent chooses the second game: 0 the
-    one that pays `safe`, whatever they do, any other the one that pays payoff[a_1][a_2]. Both see
-    which game it is. With a table of more dimensions, there are as many agents.
+    one that always pays `safe`, any other the one that pays payoff[a_1][a_2]. Both see which game
+    it is. A payoff of n dimensions has n agents.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
@@ -155,7 +156,7 @@ class TwoStep(gym.Env):
         if self.payoff.ndim == 0 or len(set(self.payoff.shape)) != 1 or len(self.payoff) < 2:
             raise ValueError("payoff must be a table with 2 or more actions, equal for all agents")
         num_agents, self.render_mode = self.payoff.ndim, render_mode
-        self.observation_space = gym.spaces.Box(0, 1, (num_agents, 3), np.float32)  # one is 1
+        self.observation_space = gym.spaces.Box(0, 1, (num_agents, 3), np.float32)  # one-hot
         self.action_space = gym.spaces.MultiDiscrete(self.payoff.shape)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
@@ -190,14 +191,14 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     equal = nvec.ndim == 1 and len(set(nvec.tolist())) == 1
     rows = isinstance(obs_space, gym.spaces.Box) and obs_space.shape[:1] == nvec.shape
     if not (rows and equal):
-        raise UsageError("needs a row of observations for each agent, and MultiDiscrete actions, "
-                         "as many for each agent; "
+        raise UsageError("needs a Box of observations with a row for each agent, and MultiDiscrete "
+                         "actions, as many for each; "
                          f"{args.env_id} has {obs_space} and {action_space}")  # fmt: skip
     return env
 
 
 class Mixer(nn.Module):
-    """The mixing network, and the hypernetworks that make its weights and biases of the state."""
+    """The mixing network, and the hypernetworks that make its weights and biases from the state."""
 
     def __init__(self, num_agents: int, obs_size: int, mixing_size: int) -> None:
         super().__init__()
@@ -209,14 +210,14 @@ class Mixer(nn.Module):
         )
 
     def forward(self, q_values: Tensor, obs: Tensor) -> Tensor:
-        """q (B, A) and the state (B, O) -> Q_tot (B, 1), equations 4 and 5 (figure 2)."""
+        """q (B, A) and the state (B, O) -> Q_tot (B, 1), which rises with each q (equation 5)."""
         weights_1 = self.weights_1(obs).abs().unflatten(1, (-1, q_values.shape[1]))  # (B, E, A)
         units = F.elu((weights_1 @ q_values[:, :, None]).squeeze(2) + self.biases_1(obs))
         return (self.weights_2(obs).abs() * units).sum(1, keepdim=True) + self.bias_2(obs)
 
 
 class QNetwork(nn.Module):
-    """Q_i(o_i, .) of all agents: two hidden layers, which they share; and Q_tot."""
+    """Q_i(o_i, .), from one network that all agents share, with two hidden layers; and Q_tot."""
 
     def __init__(self, num_agents: int, obs_size: int, num_actions: int, args: Args) -> None:
         super().__init__()
@@ -232,11 +233,11 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Observations of all agents (B, O) -> Q_i(o_i, .) (B, A, K)."""
         rows = obs.unflatten(1, (self.num_agents, -1))
-        numbers = torch.eye(self.num_agents).to(rows).expand(len(rows), -1, -1)  # which agent it is
-        return self.layers(torch.cat([rows, numbers], 2))
+        ids = torch.eye(self.num_agents, device=obs.device).expand(len(rows), -1, -1)
+        return self.layers(torch.cat([rows, ids], 2))  # which see which agent it is
 
     def mix(self, q_values: Tensor, obs: Tensor) -> Tensor:
-        """q (B, A), observations (B, O) -> Q_tot (B, 1). Unmixed, each agent is a team: (B, A)."""
+        """q (B, A), observations (B, O) -> Q_tot (B, 1). With --mixer none: q (B, A)."""
         if self.mode == "qmix":
             return self.mixer(q_values, obs)
         return q_values.sum(1, keepdim=True) if self.mode == "vdn" else q_values
@@ -265,12 +266,12 @@ class Actor:
     def __init__(self, q_network: QNetwork) -> None:
         weights = [weight.detach().cpu().numpy() for weight in q_network.layers.parameters()]
         self.layers = list(zip(weights[::2], weights[1::2]))
-        self.numbers = np.eye(q_network.num_agents, dtype=np.float32)
+        self.ids = np.eye(q_network.num_agents, dtype=np.float32)
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Observations of all agents (N, O) -> Q_i(o_i, .) (N, A, K)."""
-        obs = obs.reshape(len(obs), len(self.numbers), -1)
-        obs = np.concatenate([obs, np.tile(self.numbers, (len(obs), 1, 1))], 2)
+        obs = obs.reshape(len(obs), len(self.ids), -1)
+        obs = np.concatenate([obs, np.tile(self.ids, (len(obs), 1, 1))], 2)
         for weight, bias in self.layers[:-1]:
             obs = np.maximum(obs @ weight.T + bias, 0)
         weight, bias = self.layers[-1]
@@ -286,10 +287,10 @@ def act(actor: Actor, obs: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """y = r + gamma * Q_tot_target, or r if terminated (equation 6): (B,), (B,), (B, 1) -> (B, 1).
+    """y = r + gamma * Q_tot_target, or r if terminated: (B,), (B,), (B, 1) -> (B, 1).
 
-    next_q is Q_tot_target(s', a') of each agent's best action, which are the team's best. Unmixed,
-    it is that of each agent, (B, A).
+    next_q is Q_tot_target at the best action of each agent, which are the team's best. With --mixer
+    none: Q_i_target of each agent's best, (B, A).
     """
     return rewards[:, None] + gamma * next_q * ~terminated[:, None]
 
@@ -314,7 +315,7 @@ class Batch(NamedTuple):
 def compute_gradient(
     q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """The gradient of the loss on the B transitions of a batch, all agents at once -> metrics."""
+    """The gradient of the loss (equation 6) on the B transitions of a batch -> metrics."""
     with torch.no_grad():  # the target is a constant
         best_q = target_network(batch.next_obs).max(2).values
         next_q = target_network.mix(best_q, batch.next_obs)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from diary import Diary, Pays, check_episodes, check_settings, recorded, side_by_side, train
 from gymnasium.spaces import Box
-from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 # For the tests that all scripts share.

@@ -29,6 +29,7 @@ DIVERGES = "--learning-rate 1e30"
 BAD = [
     ("--precision float16", "--precision"),
     ("--expectile 0.4", "--expectile"),
+    ("--expectile 1", "--expectile"),
     ("--beta -1", "--beta"),
     ("--dataset-size 0", "--dataset-size"),
     ("--dataset nowhere", "nowhere"),
@@ -244,6 +245,11 @@ FEW = dict(
 )  # fmt: skip
 
 
+def read(**settings):
+    args = script.Args(**settings)
+    return script.read_dataset(args, script.Envs(args, 1, script.TRAINING))
+
+
 def rows_of(data):
     """Transitions as tuples of floats, sorted."""
     columns = [column.reshape(len(column), -1).double().numpy() for column in data]
@@ -281,7 +287,7 @@ def test_the_buffer_of_another_run(tmp_path, other, size):
     Diary.made.clear()
     state, _ = train(other, tmp_path, **settings, buffer_size=size)
     every = {row for env in Diary.made[:3] for row in happened(env.steps)}
-    data = script.read_dataset(script.Args(env_id="ContinuousDiary-v0", dataset=folder))
+    data = read(env_id="ContinuousDiary-v0", dataset=folder)
     found = rows_of(data)
     assert len(found) == int(state["buffer"]["columns"][-1].sum()) > min(size, 1200) * 0.6
     near = np.array(sorted(every))
@@ -297,38 +303,43 @@ def test_a_file_of_numpy(tmp_path):
         "actions": np.linspace([-2, 0], [2, 10], 7),
     }  # fmt: skip
     np.savez(path, **arrays)
-    args = script.Args(env_id="ContinuousDiary-v0", dataset=str(path))
-    obs, actions, rewards, next_obs, terminated = script.read_dataset(args)
+    args = {"env_id": "ContinuousDiary-v0", "dataset": str(path)}
+    obs, actions, rewards, next_obs, terminated = read(**args)
     np.testing.assert_allclose(obs, arrays["observations"], rtol=1e-6)
     np.testing.assert_allclose(next_obs, arrays["next_observations"], rtol=1e-6)
     np.testing.assert_allclose(actions, np.linspace([-1, -1], [1, 1], 7), atol=1e-6)
     assert rewards.tolist() == list(range(7)) and terminated.dtype == torch.bool
     assert terminated.tolist() == [False, True] * 3 + [False]
+    np.savez(path, **arrays | {"actions": 3 * arrays["actions"]})  # beyond the bounds
+    assert read(**args).actions.abs().max() == 1
     for change, message in (
         ({"rewards": np.arange(6)}, "does not fit"),
         ({"observations": np.zeros((7, 3))}, "does not fit"),
         ({"actions": np.zeros((7, 1))}, "actions have the shape .7, 1."),
         ({"rewards": np.full(7, np.nan)}, "not finite"),
+        ({"actions": np.full((7, 2), np.inf)}, "not finite"),
         ({name: column[:0] for name, column in arrays.items()}, "is empty"),
     ):
         np.savez(path, **arrays | change)
         with pytest.raises(script.UsageError, match=message):
-            script.read_dataset(args)
+            read(**args)
     del arrays["terminals"]
     np.savez(path, **arrays)
-    with pytest.raises(script.UsageError, match="does not have .*terminals"):
-        script.read_dataset(args)
+    with pytest.raises(script.UsageError, match="cannot be read as .*terminals"):
+        read(**args)
 
 
 def test_a_run_of_another_environment_or_without_a_buffer_is_refused(tmp_path):
     few = {"total_timesteps": 200, "hidden_size": 16, "eval_episodes": 1, "batch_size": 16}
     more = {"learning_starts": 50, "runs_dir": str(tmp_path)}
     folder = sac_continuous.train(sac_continuous.Args(**few, **more)).folder
-    with pytest.raises(script.UsageError, match="does not fit ContinuousDiary-v0"):
-        script.read_dataset(script.Args(env_id="ContinuousDiary-v0", dataset=folder))
+    with pytest.raises(
+        script.UsageError, match="for ContinuousDiary-v0: its environment is Pendulum-v1"
+    ):
+        read(env_id="ContinuousDiary-v0", dataset=folder)
     folder = script.train(script.Args(**few, dataset_size=300, runs_dir=str(tmp_path))).folder
-    with pytest.raises(script.UsageError, match="is no run of sac_continuous.py"):
-        script.read_dataset(script.Args(dataset=folder))
+    with pytest.raises(script.UsageError, match="is no run with a replay buffer"):
+        read(dataset=folder)
 
 
 # ---- The loop ------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from diary import (
     Diary, check_ppo_log, check_ppo_rewards, check_ppo_statistics, check_settings, recorded,
     side_by_side, train,
 )  # fmt: skip
-from torch import nn
 from torch.distributions import Categorical
 
 # For the tests that all scripts share.

@@ -82,7 +82,7 @@ def test_the_game_is_drawn():
 def test_other_spaces_are_refused(monkeypatch, obs_space, action_space):
     monkeypatch.setattr(Diary, "observation_space", obs_space)
     monkeypatch.setattr(Diary, "action_space", action_space)
-    with pytest.raises(script.UsageError, match="needs a row .* Diary-v0 has"):
+    with pytest.raises(script.UsageError, match="needs a Box .* Diary-v0 has"):
         script.make_env(script.Args(env_id="Diary-v0"))
 
 

@@ -13,7 +13,7 @@ import ppo_continuous
 import pytest
 import streamq_cartpole as script
 import torch
-from diary import Diary, check_episodes, check_settings, recorded, side_by_side, train
+from diary import check_episodes, check_settings, recorded, side_by_side, train
 from torch import nn
 
 # For the tests that all scripts share.

@@ -8,7 +8,6 @@ one, else all cores.
 """
 
 import importlib
-import os
 import sys
 import tempfile
 import time
