@@ -277,6 +277,18 @@ def test_random_play_is_what_happened(capfd):
     assert "Random play: return" in "".join(capfd.readouterr())
 
 
+def test_random_play_is_the_same_when_a_run_is_resumed():
+    """Whatever numbers were drawn before, and it leaves them as they were."""
+    found = []
+    for before in range(2):
+        torch.manual_seed(before)
+        expected = torch.rand(1)
+        torch.manual_seed(before)
+        found.append(rows_of(script.random_play(script.Args(**FEW))))
+        assert torch.rand(1) == expected
+    assert found[0] == found[1] != rows_of(script.random_play(script.Args(**FEW | {"seed": 2})))
+
+
 @pytest.mark.parametrize("other", [sac_continuous, td3_continuous])
 @pytest.mark.parametrize("size", [250, 5000])
 def test_the_buffer_of_another_run(tmp_path, other, size):
