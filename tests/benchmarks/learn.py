@@ -199,11 +199,17 @@ def clock(run_dir: str | Path) -> list[tuple[int, float]]:
 
 
 def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """Training returns in POINTS equal parts of the run, and the evaluations: (step, return)."""
+    """Training returns in POINTS equal parts of the run, and the evaluations: (step, return).
+
+    Where nothing is played while training, the former are of evaluations, too.
+    """
     training, evaluations = (
         [(event.step, event.value) for event in events.Scalars(f"{part}/episodic_return")]
+        if f"{part}/episodic_return" in events.Tags()["scalars"]
+        else []
         for part in ("charts", "eval")
     )
+    training = training or evaluations
     edges = np.linspace(0, evaluations[-1][0], POINTS + 1)
     points = []
     for low, high in zip(edges, edges[1:]):
