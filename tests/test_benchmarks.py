@@ -80,6 +80,14 @@ def test_a_curve_is_the_mean_of_each_of_its_parts(resumed_run):
     ]
 
 
+def test_the_curve_of_a_run_without_training_games_is_of_evaluations(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        for step, value in (1_500, 4), (3_000, 7):
+            writer.add_scalar("eval/episodic_return", value, step)
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    assert learn.curve(events) == ([(1_500, 4), (3_000, 7)], [(1_500, 4), (3_000, 7)])
+
+
 def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeypatch):
     """Two seeds of a second each; the same command again finds them finished, and keeps notes."""
     monkeypatch.chdir(tmp_path)
