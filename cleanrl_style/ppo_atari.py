@@ -31,6 +31,7 @@ Differs  At a time limit, V(s_{t+1}) stands for the rewards that would have foll
          the paper, it falls with the learning rate). The learner sees the sign of a reward,
          and a lost life as an end; what is logged are the true scores of whole games. With
          --norm-obs, pixels are normalised by running statistics: Pong is learned much faster.
+         --stop-kl can end the epochs early.
 Shapes   T steps (four frames each) of N games in a rollout, B of them in a minibatch; K actions.
          Row t is the step from t to t+1.
 Run      python ppo_atari.py
@@ -119,6 +120,7 @@ class Args:
     ent_coef: Weight = 0.01  # weight of the entropy in the loss
     vf_coef: Weight = 0.5  # weight of the value loss in the loss
     max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
+    stop_kl: Weight = 0.0  # KL divergence, in nats, of an epoch that is the last; 0: none
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     sticky_actions: Fraction = 0.0  # probability that the emulator repeats the last action
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CPUs with it
@@ -353,13 +355,18 @@ def update(
 def learn(
     agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """All epochs over a rollout -> the means of the minibatches' metrics."""
+    """All epochs over a rollout, if none moves the policy too far -> the means of the minibatches'
+    metrics.
+    """
     metrics = []
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in shuffled.tensor_split(args.num_minibatches):
             minibatch = Batch(*(part.index_select(0, rows) for part in batch))
             metrics.append(update(agent, optimizer, minibatch, args))
+        epoch = [step["losses/approx_kl"] for step in metrics[-args.num_minibatches :]]
+        if 0 < args.stop_kl < torch.stack(epoch).mean():
+            break
     return {tag: torch.stack([step[tag] for step in metrics]).mean() for tag in metrics[0]}
 
 

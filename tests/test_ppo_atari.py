@@ -354,7 +354,8 @@ def test_every_epoch_has_every_step_once_in_another_order(monkeypatch, size, par
     def update(agent, optimizer, batch, args):
         assert all(torch.equal(part, batch.obs) for part in batch)  # rows stay together
         seen.append(batch.obs.tolist())
-        return {"losses/entropy": torch.tensor(float(len(seen)))}
+        number = torch.tensor(float(len(seen)))
+        return {"losses/entropy": number, "losses/approx_kl": number}
 
     monkeypatch.setattr(script, "update", update)
     torch.manual_seed(0)
@@ -365,6 +366,20 @@ def test_every_epoch_has_every_step_once_in_another_order(monkeypatch, size, par
     assert len({tuple(order) for order in [*orders, range(size)]}) == epochs + 1
     assert max(map(len, seen)) - min(map(len, seen)) <= 1
     assert metrics["losses/entropy"].item() == pytest.approx(np.mean(range(1, len(seen) + 1)))
+
+
+@pytest.mark.parametrize("stop_kl, epochs", [(0, 4), (0.07, 4), (0.03, 3), (0.02, 2), (0.005, 1)])
+def test_the_epoch_that_moves_the_policy_too_far_is_the_last(monkeypatch, stop_kl, epochs):
+    """The mean over its minibatches counts: 0.01, 0.025, 0.05, 0.065."""
+    divergences = [0.0, 0.02, 0.01, 0.04, 0.02, 0.08, 0.03, 0.1]
+    left = list(divergences)
+    found = lambda *_: {"losses/approx_kl": torch.tensor(left.pop(0))}  # noqa: E731
+    monkeypatch.setattr(script, "update", found)
+    args = script.Args(num_envs=2, num_steps=4, num_minibatches=2, stop_kl=float(stop_kl))
+    metrics = script.learn(None, None, script.Batch(*[torch.arange(8)] * 6), args)
+    done = divergences[: 2 * epochs]
+    assert len(left) == 8 - 2 * epochs
+    assert metrics["losses/approx_kl"].item() == pytest.approx(np.mean(done))
 
 
 def test_no_minibatch_has_a_single_step():
@@ -500,5 +515,5 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
         seed=2, total_timesteps=300, num_envs=3, learning_rate=1e-3, anneal_lr=False, num_steps=10,
         gamma=0.5, gae_lambda=0.5, num_minibatches=3, update_epochs=1, norm_adv=False,
         clip_coef=0.01, clip_vloss=False, ent_coef=0.1, vf_coef=0.1, max_grad_norm=0.1,
-        norm_obs=True, precision="bfloat16",
+        stop_kl=1e-9, norm_obs=True, precision="bfloat16",
     ), others={"sticky_actions": 0.0})  # fmt: skip
