@@ -39,7 +39,11 @@ Run      python iql_continuous.py
          python iql_continuous.py --dataset runs/NAME    (folder of a run of sac_continuous.py)
          python iql_continuous.py --dataset recorded.npz    (arrays of D rows: observations,
              actions, rewards, next_observations, terminals)
-Expect   not yet recorded
+Expect   Return of the means of the policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with start-up, random play and evaluations, on one core of an
+         AMD EPYC that had other work, too:
+             Pendulum-v1    -211.1 (-229.5 to -192.9)    10k gradient steps    118 s
+         What it learns from, random play, has a return of -1,218 to -1,247 (seeds 1 to 3).
 """
 
 import contextlib

@@ -86,6 +86,7 @@ def test_the_curve_of_a_run_without_training_games_is_of_evaluations(tmp_path):
             writer.add_scalar("eval/episodic_return", value, step)
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
     assert learn.curve(events) == ([(1_500, 4), (3_000, 7)], [(1_500, 4), (3_000, 7)])
+    assert learn.games(events) == []
 
 
 def test_a_record_is_made_from_the_command_line_and_read_again(tmp_path, monkeypatch):

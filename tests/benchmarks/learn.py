@@ -198,18 +198,19 @@ def clock(run_dir: str | Path) -> list[tuple[int, float]]:
     return points
 
 
+def games(events: EventAccumulator) -> list:
+    """The returns of training games, as events; none, if it learned from recorded ones."""
+    tag = "charts/episodic_return"
+    return events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+
+
 def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """Training returns in POINTS equal parts of the run, and the evaluations: (step, return).
 
     Where nothing is played while training, the former are of evaluations, too.
     """
-    training, evaluations = (
-        [(event.step, event.value) for event in events.Scalars(f"{part}/episodic_return")]
-        if f"{part}/episodic_return" in events.Tags()["scalars"]
-        else []
-        for part in ("charts", "eval")
-    )
-    training = training or evaluations
+    evaluations = [(event.step, event.value) for event in events.Scalars("eval/episodic_return")]
+    training = [(event.step, event.value) for event in games(events)] or evaluations
     edges = np.linspace(0, evaluations[-1][0], POINTS + 1)
     points = []
     for low, high in zip(edges, edges[1:]):
@@ -221,7 +222,7 @@ def curve(events: EventAccumulator) -> tuple[list[tuple[int, float]], list[tuple
 
 def solved(events, times: list[tuple[int, float]], level: float) -> tuple[int, float] | None:
     """First step at which the last 20 training episodes have a mean of level, and the minutes."""
-    episodes = events.Scalars("charts/episodic_return")
+    episodes = games(events)
     for last in range(20, len(episodes) + 1):
         if np.mean([event.value for event in episodes[last - 20 : last]]) >= level:
             step = episodes[last - 1].step
@@ -350,8 +351,9 @@ def main(arguments: list[str]) -> None:
         for kind, points in zip(("train", "eval"), curve(events)):
             rows += [[seed, step, f"{value:.6g}", kind] for step, value in points]
         step = points[-1][0]
-        last = [event.value for event in events.Scalars("charts/episodic_return")[-20:]]
-        rows.append([seed, step, f"{np.mean(last):.6g}", "last20"])
+        last = [event.value for event in games(events)[-20:]]
+        if last:
+            rows.append([seed, step, f"{np.mean(last):.6g}", "last20"])
         rows.append([seed, step, f"{wall:.1f}", "wall"])
         if ours.solved is not None and (reached := solved(events, clock(run_dir), ours.solved)):
             rows.append([seed, reached[0], f"{reached[1]:.2f}", "solved"])
