@@ -40,7 +40,7 @@ Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 
          below CartPole of an AMD EPYC, that had other work, too:
              CartPole-v1     476.1 (311.7 to 500.0)    100k steps    53 s
              Acrobot-v1      -84.9 (-95.7 to -76.8)    100k steps    55 s
-             MountainCar-v0  -114.6 (-158.6 to -100.4)  200k steps  565 s
+             MountainCar-v0  -114.6 (-158.6 to -100.4)  200k steps  564 s
 """
 
 import contextlib
