@@ -66,7 +66,7 @@ SPEED = {
     "peers": {
         "CleanRL's rainbow_atari.py": {
             "flags": "--learning-starts 1000 --buffer-size 20000",
-            "equal": "one game, float32",
+            "equal": "one game, float32, compiled",
         },
     },
     "flags": "--learning-starts 1000 --buffer-size 20000 --max-grad-norm 0",
