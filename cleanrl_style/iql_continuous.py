@@ -25,7 +25,7 @@ Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recor
          beta 0 it imitates all alike (behaviour cloning). Q_target is a slowly following average
          of Q, so that what V learns from moves slowly.
          The data are random play, made at the start, or the replay buffer of a run of another
-         script, as sac_continuous.py or td3_continuous.py, or a NumPy file with D4RL's names.
+         script, such as sac_continuous.py or td3_continuous.py, or a NumPy file with D4RL's names.
 Differs  Rewards are scaled (--reward-scale), which beta has to fit. The gradients are taken at the
          same weights and make one step of Adam, whose step size falls linearly to 0 (in the paper,
          only the policy's, as a cosine). Steps in the log and in --total-timesteps are gradient
