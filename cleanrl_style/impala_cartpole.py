@@ -247,13 +247,13 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """All B steps of a rollout. Row b of each:"""
+    """All B steps of a rollout, as the agent saw them before the step. Row b of each:"""
 
     obs: Tensor  # observation, not normalised, (B, O)
     actions: Tensor  # action, (B,)
-    ratios: Tensor  # pi(a|s) / mu(a|s), before the step, (B,)
+    ratios: Tensor  # pi(a|s) / mu(a|s), (B,)
     advantages: Tensor  # A, (B,)
-    values: Tensor  # V(s), before the step, (B,)
+    values: Tensor  # V(s), (B,)
     returns: Tensor  # v, the target of V(s), (B,)
 
 
@@ -280,7 +280,7 @@ def make_batch(
 
 
 def compute_gradient(agent: nn.Module, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The gradient of the loss on the B steps of a rollout -> metrics."""
+    """The gradient of the loss on the B steps of an old rollout -> metrics."""
     logits, values = agent(batch.obs)
     log_probs, entropies = log_prob_and_entropy(logits, batch.actions)
     policy_loss = policy_gradient_loss(log_probs, batch.advantages)
