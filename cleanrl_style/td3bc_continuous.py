@@ -32,12 +32,13 @@ Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recor
 Differs  alpha (--q-weight) is 40, in the paper 2.5: random play is no example to follow. With 2.5,
          the policy hardly leaves it in Pendulum, where |Q| is large beside what an action changes.
          Random play tries all actions, so TD3 without imitation learns from it, too (--q-weight
-         1e6). The learning rate is 1e-3, not 3e-4, as runs are short. In equation 5, |Q| is that of
-         recorded actions; in the authors' code of those of pi, as here. (pi(s) - a)^2 is a mean over
-         numbers of an action, as there. Both gradients are taken at the same weights and make a step of
-         Adam. Steps in the log and in --total-timesteps are gradient steps. At a time limit, y
-         counts the rewards that would have followed (it bootstraps): terminals is False there.
-         Networks see actions in (-1, 1), which are scaled to their bounds for the environment only.
+         1e6). The learning rate is 1e-3, not 3e-4, as runs are short. |Q| is that of the policy's
+         actions, as in the authors' code; equation 5 has recorded ones. As in that code, (pi(s) -
+         a)^2 is the mean over the numbers of an action. Both gradients are taken at the same
+         weights and make one step of Adam. Steps in the log and in --total-timesteps are gradient
+         steps. At a time limit, y counts the rewards that would have followed (it bootstraps):
+         terminals is False there. Networks see actions in (-1, 1), which are scaled to their bounds
+         for the environment only.
 Shapes   N environments; D recorded transitions, B of them in a batch; O numbers of an observation;
          K of an action.
 Run      python td3bc_continuous.py
