@@ -108,7 +108,10 @@ def imports(sources):
 
 
 # Where nothing is played, a step is another one.
-OFFLINE = {("iql_continuous", "total_timesteps"): "environment steps to train for, at least"}
+OFFLINE = {
+    (name, "total_timesteps"): "environment steps to train for, at least"
+    for name in ("iql_continuous", "td3bc_continuous")
+}
 
 
 def flags(sources):
