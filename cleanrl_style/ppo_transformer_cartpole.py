@@ -271,7 +271,7 @@ class Agent(nn.Module):
 
 
 def make_network(args: Args, envs: "Envs") -> Agent:
-    """An agent for these environments, which sees what --hide leaves."""
+    """An agent for these environments, which sees what --hide leaves of the last steps."""
     sizes = envs.obs.shape[1], int(envs.action_space.n)
     shown = hidden(args), args.norm_obs
     return Agent(*sizes, *shown, args.window, args.num_layers, args.gates)
@@ -331,7 +331,9 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
 
 
 class Batch(NamedTuple):
-    """Whole rollouts of N environments, or of those in a minibatch. Column n of each:"""
+    """Whole rollouts of N environments, or of those in a minibatch, with what their first steps see.
+    Column n of each:
+    """
 
     obs: Tensor  # observation, not normalised, and those of the P steps before, (P + T, N, O)
     actions: Tensor  # action, (T, N)
