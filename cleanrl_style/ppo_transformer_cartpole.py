@@ -331,7 +331,7 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> 
 
 
 class Batch(NamedTuple):
-    """Whole rollouts of N environments, or of those in a minibatch, with what their first steps see.
+    """Whole rollouts of N environments, or of those in a minibatch, and the P steps before them.
     Column n of each:
     """
 
