@@ -10,10 +10,10 @@ r"""IMPALA, actor-critic with V-trace, for flat observations and discrete action
 Paper    Espeholt et al. (2018), "IMPALA: Scalable distributed deep-RL with importance weighted
          actor-learner architectures", section 4: equation 1, its recursion (remark 1), lambda
          (remark 2) and the gradients of section 4.2.
-Idea     Many actors play while a learner learns, and nobody waits. So a rollout is learned from
-         when the policy that played it, mu, is some updates old. What mu's actions say about the
-         policy of now, pi, follows by importance sampling: a step counts pi(a|s) / mu(a|s) times.
-         Products of such ratios over many steps may become huge. V-trace limits each of them:
+Idea     Many actors play while a learner learns, and none of them waits. So when the learner comes
+         to a rollout, the policy that played it, mu, is some updates old. Importance sampling tells
+         what it means for the policy of now, pi: a step counts pi(a|s) / mu(a|s) times. But a
+         product of many such ratios may become huge; V-trace limits each of them:
 
              rho_t   = min(rho_bar, pi(a_t|s_t) / mu(a_t|s_t))
              c_t     = lambda * min(c_bar, pi(a_t|s_t) / mu(a_t|s_t))
@@ -24,16 +24,16 @@ Idea     Many actors play while a learner learns, and nobody waits. So a rollout
              loss    = -mean of A * log pi(a|s)
                        + vf_coef * mean of (V - v)^2 / 2 - ent_coef * entropy of pi
 
-         rho_bar decides what V becomes: the value of pi if it is infinite, of a policy between mu
-         and pi if it is 1. c_bar only decides how fast. If pi is mu, v_t is the n-step return.
-         This is A2C, but for the ratios and the queue in which rollouts wait.
+         v and A have no gradient. rho_bar decides what V becomes: the value of pi if it is infinite;
+         of a policy between mu and pi if it is 1. c_bar only decides how fast. Where pi is mu, and
+         lambda is 1, v_t is the n-step return. The rest is A2C, and the queue where rollouts wait.
 Differs  In the paper, actors are other processes, and the lag is what it happens to be. Here the
          learner always takes the rollout that was played --lag updates ago: runs can be repeated
          and resumed exactly, and the lag be studied. With --no-v-trace, the ratios are taken to be
-         1: A2C on old rollouts. Adam instead of RMSProp; means over steps, not sums; policy and
-         value share no layers, and see no memory. At a time limit, V(s_{t+1}) stands for the
-         rewards that would have followed (it bootstraps); at a true end, it counts as 0. After
-         either, e_{t+1} is 0, as after the last step of a rollout.
+         1: A2C on old rollouts. lambda is 0.95, not 1. Adam instead of RMSProp; means over steps,
+         not sums; policy and value share no layers, and have no memory. At a time limit, V(s_{t+1})
+         stands for the rewards that would have followed (it bootstraps); at a true end, it counts
+         as 0. After either, e_{t+1} is 0, as after the last step of a rollout.
 Shapes   T steps of N environments in a rollout, B = T * N in all; O numbers of an observation;
          K actions. Row t is the step from t to t+1.
 Run      python impala_cartpole.py

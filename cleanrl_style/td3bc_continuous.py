@@ -243,7 +243,7 @@ class Actor:
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Observations (N, O) -> actions (N, K)."""
-        obs = normalise(obs, self.mean, self.deviation)
+        obs = normalize(obs, self.mean, self.deviation)
         for weight, bias in self.layers[:-1]:
             obs = np.maximum(obs @ weight.T + bias, 0)
         weight, bias = self.layers[-1]
@@ -349,7 +349,7 @@ def measure(obs: Tensor) -> tuple[Tensor, Tensor]:
     return obs.mean(0), obs.std(0, correction=0) + EPSILON
 
 
-def normalise(
+def normalize(
     obs: Tensor | np.ndarray, mean: Tensor | np.ndarray, deviation: Tensor | np.ndarray
 ) -> Tensor | np.ndarray:
     """Equation 4: (B, O), (O,), (O,) -> (B, O)."""
@@ -436,7 +436,7 @@ def train(args: Args) -> "Result":
         data = Batch(*(column.to(device) for column in data))
         statistics = agent.obs_mean, agent.obs_deviation
         data = data._replace(
-            obs=normalise(data.obs, *statistics), next_obs=normalise(data.next_obs, *statistics)
+            obs=normalize(data.obs, *statistics), next_obs=normalize(data.next_obs, *statistics)
         )
         while run.is_running():
             # Learn.

@@ -288,7 +288,7 @@ def test_statistics_are_those_of_the_data():
     np.testing.assert_allclose(mean, obs.astype(float).mean(0))
     np.testing.assert_allclose(deviation, obs.astype(float).std(0) + 1e-3)  # divides by D
     assert deviation[3] == 1e-3
-    normalised = script.normalise(torch.from_numpy(obs), mean, deviation)
+    normalised = script.normalize(torch.from_numpy(obs), mean, deviation)
     np.testing.assert_allclose(normalised.mean(0), 0, atol=1e-9)
     np.testing.assert_allclose(normalised.std(0, correction=0)[:2], 1, atol=2e-3)
     assert (normalised[:, 3] == 0).all()
