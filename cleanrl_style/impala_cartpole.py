@@ -24,9 +24,10 @@ Idea     Many actors play while a learner learns, and none of them waits. So whe
              loss    = -mean of A * log pi(a|s)
                        + vf_coef * mean of (V - v)^2 / 2 - ent_coef * entropy of pi
 
-         v and A have no gradient. rho_bar decides what V becomes: the value of pi if it is infinite;
-         of a policy between mu and pi if it is 1. c_bar only decides how fast. Where pi is mu, and
-         lambda is 1, v_t is the n-step return. The rest is A2C, and the queue where rollouts wait.
+         v and A have no gradient. rho_bar decides what V becomes: the value of pi if it is
+         infinite; of a policy between mu and pi if it is 1. c_bar only decides how fast. Where pi
+         is mu and lambda is 1, v_t is the n-step return. The rest is A2C, and the queue in which
+         rollouts wait.
 Differs  In the paper, actors are other processes, and the lag is what it happens to be. Here the
          learner always takes the rollout that was played --lag updates ago: runs can be repeated
          and resumed exactly, and the lag be studied. With --no-v-trace, the ratios are taken to be
