@@ -11,30 +11,31 @@ Paper    Espeholt et al. (2018), "IMPALA: Scalable distributed deep-RL with impo
          actor-learner architectures", section 4: equation 1, its recursion (remark 1), lambda
          (remark 2) and the gradients of section 4.2.
 Idea     Many actors play while a learner learns, and none of them waits. So when the learner comes
-         to a rollout, the policy that played it, mu, is some updates old. Importance sampling tells
-         what it means for the policy of now, pi: a step counts pi(a|s) / mu(a|s) times. But a
-         product of many such ratios may become huge; V-trace limits each of them:
+         to a rollout, the policy that played it, mu, is some updates old. Importance sampling
+         corrects for this: each step is weighted by pi(a|s) / mu(a|s), where pi is the current
+         policy. But the product of many such ratios can be huge, so V-trace limits each of them:
 
              rho_t   = min(rho_bar, pi(a_t|s_t) / mu(a_t|s_t))
              c_t     = lambda * min(c_bar, pi(a_t|s_t) / mu(a_t|s_t))
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)               TD error
              e_t     = rho_t * delta_t + gamma * c_t * e_{t+1}
              v_t     = V(s_t) + e_t                                    target of V(s_t)
-             A_t     = rho_t * (delta_t + gamma * e_{t+1})             advantage, r + gamma v - V
+             A_t     = rho_t * (delta_t + gamma * e_{t+1})             advantage; the same as
+                       rho_t * (r_t + gamma * v_{t+1} - V(s_t))
              loss    = -mean of A * log pi(a|s)
                        + vf_coef * mean of (V - v)^2 / 2 - ent_coef * entropy of pi
 
-         v and A have no gradient. rho_bar decides what V becomes: the value of pi if it is
-         infinite; of a policy between mu and pi if it is 1. c_bar only decides how fast. Where pi
-         is mu and lambda is 1, v_t is the n-step return. The rest is A2C, and the queue in which
-         rollouts wait.
-Differs  In the paper, actors are other processes, and the lag is what it happens to be. Here the
-         learner always takes the rollout that was played --lag updates ago: runs can be repeated
-         and resumed exactly, and the lag be studied. With --no-v-trace, the ratios are taken to be
-         1: A2C on old rollouts. lambda is 0.95, not 1. Adam instead of RMSProp; means over steps,
-         not sums; policy and value share no layers, and have no memory. At a time limit, V(s_{t+1})
-         stands for the rewards that would have followed (it bootstraps); at a true end, it counts
-         as 0. After either, e_{t+1} is 0, as after the last step of a rollout.
+         v and A have no gradient. What V becomes depends on rho_bar: the value of pi if it is
+         infinite, else of a policy between mu and pi. c_bar and lambda decide how fast, and how
+         noisily. Where pi is mu and lambda is 1, v_t is the n-step return. The rest is A2C, plus a
+         queue in which rollouts wait.
+Differs  In the paper, actors are other processes, and the lag varies. Here one process plays and
+         learns in turn, and the queue holds --lag rollouts: so runs can be repeated and resumed
+         exactly, and the lag can be studied, but nothing is faster. With --no-v-trace, all ratios
+         are 1: A2C on old rollouts. lambda is 0.95, not 1. Adam instead of RMSProp; means over
+         steps, not sums; policy and value share no layers, and have no memory. At a time limit,
+         V(s_{t+1}) stands for the rewards that would have followed (it bootstraps); at a true end,
+         it counts as 0. After either, e_{t+1} is 0, as after the last step of a rollout.
 Shapes   T steps of N environments in a rollout, B = T * N in all; O numbers of an observation;
          K actions. Row t is the step from t to t+1.
 Run      python impala_cartpole.py
@@ -101,11 +102,11 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     num_steps: Count = 8  # steps of each environment in a rollout (T)
     gamma: Fraction = 0.98  # discount factor
-    lag: Annotated[int, 0, 1000] = 16  # updates between playing a rollout and learning from it
-    v_trace: bool = True  # correct for the lag; off: all ratios count as 1
-    rho_bar: Positive = 1.0  # largest ratio pi / mu that a TD error counts
-    c_bar: Positive = 1.0  # largest ratio pi / mu by which the errors after a step count for it
-    trace_lambda: Fraction = 0.95  # lambda of V-trace; 0: one-step TD error, 1: n-step return
+    lag: Annotated[int, 0, 1000] = 16  # rollouts in the queue: updates until one is learned from
+    v_trace: bool = True  # correct for the lag; off: all ratios are 1
+    rho_bar: Annotated[float, 1, 1e30] = 1.0  # limit of the ratio that weights a TD error
+    c_bar: Fraction = 1.0  # limit of the ratio that weights later TD errors
+    trace_lambda: Fraction = 0.95  # lambda of V-trace; 0: one-step target of V, 1: n-step target
     ent_coef: Weight = 0.01  # weight of the entropy in the loss
     vf_coef: Weight = 0.5  # weight of the value loss in the loss
     max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
@@ -128,6 +129,8 @@ class Args:
         check(self)
         if self.num_steps * self.num_envs < 2:
             raise ValueError("--num-steps 1 with --num-envs 1 is less than 2 steps in a rollout")
+        if self.lag * self.num_steps * self.num_envs >= self.total_timesteps:
+            raise ValueError(f"--lag {self.lag} leaves nothing of --total-timesteps to learn from")
 
 
 # ---- Environment and network ---------------------------------------------------------------------
@@ -223,7 +226,7 @@ def v_trace(
     ratios: Tensor, rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor,
     truncated: Tensor, args: Args,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """v_t - V(s_t) and A_t: ratios pi / mu, and five more, of (T, N) -> twice (T, N).
+    """v_t - V(s_t) and A_t: ratios pi / mu, and five more, all (T, N) -> both (T, N).
 
     Where an episode terminated, V(s_{t+1}) counts as 0; where a time limit truncated it, V(s_{t+1})
     bootstraps. The recursion (remark 1) stops at either, and after the last row.
@@ -248,11 +251,11 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """All B steps of a rollout, as the agent saw them before the step. Row b of each:"""
+    """All B steps of a rollout, as the agent saw them before the update. Row b of each:"""
 
     obs: Tensor  # observation, not normalised, (B, O)
     actions: Tensor  # action, (B,)
-    ratios: Tensor  # pi(a|s) / mu(a|s), (B,)
+    log_ratios: Tensor  # log pi(a|s) - log mu(a|s), (B,)
     advantages: Tensor  # A, (B,)
     values: Tensor  # V(s), (B,)
     returns: Tensor  # v, the target of V(s), (B,)
@@ -263,7 +266,7 @@ def make_batch(
     agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor,
     terminated: Tensor, truncated: Tensor, mu_logits: Tensor, args: Args,
 ) -> Batch:  # fmt: skip
-    """A rollout as the agent of now sees it: obs, next_obs (T, N, O), logits of mu (T, N, K) and
+    """A rollout as the current agent sees it: obs, next_obs (T, N, O), logits of mu (T, N, K) and
     four of (T, N) -> B = T * N rows.
 
     Where an episode ends, next_obs is its last observation. No gradient flows into advantages and
@@ -272,11 +275,11 @@ def make_batch(
     logits, values = agent(obs)
     _, next_values = agent(next_obs)
     log_pi, log_mu = (log_prob_and_entropy(x, actions)[0] for x in (logits, mu_logits))
-    ratios = (log_pi - log_mu).exp()
-    used = ratios if args.v_trace else torch.ones_like(ratios)
+    log_ratios = log_pi - log_mu
+    ratios = log_ratios.exp() if args.v_trace else torch.ones_like(log_ratios)
     steps = rewards, values, next_values, terminated, truncated
-    errors, advantages = v_trace(used, *steps, args)
-    columns = obs, actions, ratios, advantages, values, values + errors
+    errors, advantages = v_trace(ratios, *steps, args)
+    columns = obs, actions, log_ratios, advantages, values, values + errors
     return Batch(*(column.flatten(0, 1) for column in columns))
 
 
@@ -291,12 +294,13 @@ def compute_gradient(agent: nn.Module, batch: Batch, args: Args) -> dict[str, Te
     loss.backward()
     if args.max_grad_norm > 0:
         nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    ratios = batch.log_ratios.exp()
     return {
         "losses/policy_loss": policy_loss.detach(),
         "losses/value_loss": value_loss.detach(),
         "losses/entropy": entropy.detach(),
-        "losses/approx_kl": (batch.ratios - 1 - batch.ratios.log()).mean(),
-        "losses/clipfrac": (batch.ratios > args.rho_bar).float().mean(),
+        "losses/approx_kl": (ratios - 1 - batch.log_ratios).mean(),  # of mu from pi
+        "losses/clipfrac": (ratios > args.rho_bar).float().mean(),
     }
 
 
@@ -414,7 +418,7 @@ def train(args: Args) -> "Result":
                 remaining = 1 - envs.steps / args.total_timesteps
                 optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-            # Act: T steps in every environment, with the policy of now, which will be mu.
+            # Act: T steps in every environment, with the current policy, which will be mu.
             actor, noise = Actor(agent), gumbel_noise(*rows, num_actions)
             for t in range(args.num_steps):
                 obs[t] = envs.obs
@@ -423,7 +427,7 @@ def train(args: Args) -> "Result":
                 next_obs[t], rewards[t], terminated[t], truncated[t] = envs.step(actions[t])
             queue.put(obs, actions, rewards, next_obs, terminated, truncated, logits)
 
-            # Learn: one gradient step, on the rollout that was played `lag` updates ago.
+            # Learn: one gradient step, on the oldest rollout. (Resumed with less lag: on several.)
             while len(queue.rollouts) > args.lag:
                 rollout = [column.to(device) for column in queue.get()]
                 if args.norm_reward:
