@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.4.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0",
+#   "torch>=2.6.0", "gymnasium[classic-control]>=1.0.0", "tyro>=1.0.16", "tensorboard>=2.20.0",
 #   "tqdm>=4.66.0",
 # ]
 # ///
@@ -12,38 +12,39 @@ Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equa
          estimation", equation 16. Dai et al. (2019), "Transformer-XL: attentive language models
          beyond a fixed-length context". Parisotto et al. (2020), "Stabilizing transformers for
          reinforcement learning" (GTrXL), section 3.
-Idea     One observation may not tell the state: here, CartPole's two velocities are hidden. So
-         each becomes a token x_t, which looks back at the W - 1 before it. Of these and itself it
-         takes the mean of their values v_j, weighted by how its query q_t fits their keys k_j, and
-         by how far back they are. pi and V are linear in what becomes of x_t.
+Idea     One observation may not tell the state: here, CartPole's two velocities are hidden. So each
+         observation becomes a token x_t, which attends to itself and the W - 1 before it: it takes
+         a mean of their values v_j, weighted by how its query q_t fits their keys k_j and by how
+         far back they are. pi and V are linear in what becomes of x_t after the last layer.
 
              score_j = q_t . k_j / sqrt(D / heads) + b_{t-j}    t - W < j <= t, of one episode
-             y       = sum over j of softmax(score)_j * v_j     of all heads, then a linear layer
+             y       = sum over j of softmax(score)_j * v_j     for each head, then a linear layer
              x_t     = x_t + y                                  q, k, v: linear in LayerNorm(x)
              x_t     = x_t + MLP(LayerNorm(x_t))
 
-         With --gates, GTrXL's g(x, ReLU(y)) takes the place of x + y:
+         With --gates, both sums x + y become GTrXL's g(x, ReLU(y)):
 
              r, z    = sigmoid(W_r y + U_r x), sigmoid(W_z y + U_z x - bias)    bias is 2 at first
              g(x, y) = (1 - z) * x + z * tanh(W_g y + U_g (r * x))
 
          The rest is PPO. Play T steps in N environments, estimate the advantage A of each action,
-         and make good ones more likely, but move no ratio to pi_old further than epsilon from 1.
+         and make good ones more likely, but gain nothing by a ratio to pi_old beyond 1 +- epsilon.
 
              A_t     = r_t + gamma * V(s_{t+1}) - V(s_t) + gamma * lambda * A_{t+1}
              ratio   = pi(a|s) / pi_old(a|s)
              loss    = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
                        + vf_coef * mean of (V - (A + V_old))^2 / 2 - ent_coef * entropy of pi
-Differs  Transformer-XL caches what its layers made of earlier steps, with the weights of then. Here
-         observations are kept, and tokens computed anew: who acts and who learns see the same, and
-         the gradient reaches all of it. As there, L layers see P = L * (W - 1) steps back. Of its
-         positions, b is left, a number for each distance and head: it cannot count alike tokens.
-         No token sees another episode, after an end of either kind. At a time limit, V(s_{t+1})
-         bootstraps, from the window that led there; at a true end, it counts as 0. Minibatches are
-         of whole environments. load_policy's policy remembers its calls: load it anew for each
-         episode.
-Shapes   T steps of N environments in a rollout, S = P + T with those before it; O numbers of an
-         observation, D of a token; K actions; W tokens of a window; L layers.
+Differs  Transformer-XL caches its layers' outputs, made with older weights, and stops the gradient
+         there. Here observations are kept, and tokens computed anew: acting and learning see the
+         same, and the gradient reaches all of it; but each step costs a pass over P + 1 tokens. As
+         there, L layers see P = L * (W - 1) steps back. Of its positions, b is left, a number for
+         each distance and head. Tokens hold no earlier action or reward. None sees another episode.
+         At a time limit, V(s_{t+1}) bootstraps, from the window that led there; at a true end, it
+         counts as 0. Minibatches are of whole environments, and normalise A for the policy's loss.
+         load_policy's policy remembers its calls: load it anew for each episode.
+Shapes   T steps of N environments in a rollout; S steps that a network or layer gets, P + T in
+         learning; O numbers of an observation, D of a token; K actions; W tokens of a window; L
+         layers.
 Run      python ppo_transformer_cartpole.py
          python ppo_transformer_cartpole.py --env-id Acrobot-v1 --hide=    (hides nothing)
 Expect   Return of the greedy policy over 100 episodes:
@@ -121,9 +122,9 @@ class Args:
     max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of returns
-    window: SmallCount = 16  # tokens that one looks at, the last of them itself (W); 1: no memory
+    window: SmallCount = 16  # tokens that one attends to, itself included (W); 1: no memory
     num_layers: SmallCount = 1  # layers of the transformer (L)
-    gates: bool = False  # join what a layer makes by the gates of GTrXL; if not, by sums
+    gates: bool = False  # the gates of GTrXL in place of the sums
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
@@ -174,8 +175,8 @@ def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 
 
 def attention_bias(distance: Tensor, episodes: Tensor) -> Tensor:
-    """What is added to the scores: b for each distance and head (heads, W), and the number of each
-    token's episode (S, N) -> (N, heads, S - W + 1, S), from each token with W - 1 before it to all.
+    """What is added to the scores, from each token with W - 1 before it to all: b of each head and
+    distance (heads, W), and the tokens' episodes by number (S, N) -> (N, heads, S - W + 1, S).
 
     -inf hides tokens that come later, are W or more steps back, or are of another episode.
     """
@@ -197,7 +198,7 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.full((HIDDEN,), 2.0))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The tokens, and what a part of a layer makes of them: two of (..., D) -> (..., D)."""
+        """Tokens x, and y, what a part of a layer makes of them: both (..., D) -> (..., D)."""
         (w_r, w_z, w_g), (u_r, u_z) = self.inner(y.relu()).chunk(3, -1), self.outer(x).chunk(2, -1)
         r, z = (w_r + u_r).sigmoid(), (w_z + u_z - self.bias).sigmoid()
         return (1 - z) * x + z * (w_g + self.reset(r * x)).tanh()
@@ -235,14 +236,14 @@ class Layer(nn.Module):
 
 
 class Agent(nn.Module):
-    """pi(a|s) and V(s), where s is what was seen of the episode: a transformer, two heads."""
+    """pi(a|s) and V(s), where s is the last P + 1 observations, or those of the episode so far."""
 
     def __init__(
         self, obs_size: int, num_actions: int, hide: set[int], norm_obs: bool, window: int,
         num_layers: int, gates: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.past = num_layers * (window - 1)  # P, tokens that the present one can see
+        self.past = num_layers * (window - 1)  # P, earlier steps that pi and V see
         self.seen = [i for i in range(obs_size) if i not in hide]
         self.obs_statistics = RunningStatistics(obs_size) if norm_obs else None
         self.encoder = layer(len(self.seen), HIDDEN)
@@ -255,7 +256,7 @@ class Agent(nn.Module):
         """S = P + T steps of N environments: obs (S, N, O) and the numbers of their episodes (S, N)
         -> of the last T of them, logits of pi(.|s) (T, N, K) and V(s) (T, N).
 
-        Each layer uses up W - 1 tokens, so that none is computed from a part of what it sees.
+        Each layer uses up W - 1 tokens, so that each that it returns had its whole window.
         """
         x = self.encoder(self.normalize(obs)[..., self.seen]).tanh()
         for one in self.layers:
@@ -358,7 +359,7 @@ def make_batch(
     tokens = torch.cat([obs, next_obs[-1:]]), torch.cat([episodes, episodes[-1:]])
     logits, values = agent(*tokens)
     next_values, values = values[1:].clone(), values[:-1]
-    # What each end was seen after, as so many environments of P + 1 steps.
+    # The window up to each end, as if it were an environment of P + 1 steps.
     t, n = (terminated | truncated).nonzero(as_tuple=True)
     window = t + torch.arange(1, past + 1, device=t.device)[:, None]
     tokens = torch.cat([obs[window, n], next_obs[None, t, n]])
@@ -371,7 +372,7 @@ def make_batch(
 
 
 def compute_gradient(agent: nn.Module, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The gradient of the loss, on the T steps of a minibatch and back to all that they see
+    """The gradient of the loss on the T steps of a minibatch, through all tokens that they see
     -> metrics.
     """
     logits, values = agent(batch.obs, batch.episodes)
@@ -483,7 +484,7 @@ def train(args: Args) -> "Result":
     agent = make_network(args, envs).to(device)
     reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    memory = nn.Module()  # of the running episodes, a part of the run
+    memory = nn.Module()  # the last P steps of each environment, a part of the run
     memory.register_buffer("obs", torch.zeros(agent.past, *envs.obs.shape))
     memory.register_buffer("episodes", torch.full((agent.past, args.num_envs), -1))  # none yet
 
@@ -536,8 +537,8 @@ def train(args: Args) -> "Result":
 def play(args: Args, agent: Agent, obs: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
     """How the trained policy is evaluated: observations (N, O) -> actions (N,).
 
-    The agent remembers the P calls before, but none from before `first` (N,), where an episode
-    begins.
+    The agent remembers the P calls before, but none from before the episode: first (N,) is True
+    where one begins.
     """
     if agent.state is None:
         shape, first = (agent.past + 1, len(obs)), np.ones(len(obs), bool)
