@@ -18,7 +18,7 @@ Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recor
 
              J_pi   = mean of (pi(s) - a)^2 - lambda * Q_1(s, pi(s))    at every second step
              lambda = alpha / mean of |Q_1(s, pi(s))|      over the batch; a constant for gradients
-             s      = (observation - mean) / (deviation + 0.001)        both over all data
+             s, s'  = (observation - mean) / (deviation + 0.001)        both over all data
 
          lambda takes out the scale of rewards. With alpha 0 the policy only imitates; the larger
          alpha, the more it follows Q. The critics learn as in TD3:
@@ -30,15 +30,15 @@ Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recor
          The data are random play, made at the start, or the replay buffer of a run of another
          script, such as sac_continuous.py or td3_continuous.py, or a NumPy file with D4RL's names.
 Differs  alpha (--q-weight) is 40, in the paper 2.5: random play is no example to follow. With 2.5,
-         the policy hardly leaves it in Pendulum, where |Q| is large beside what an action changes.
-         Random play tries all actions, so TD3 without imitation learns from it, too (--q-weight
-         1e6). The learning rate is 1e-3, not 3e-4, as runs are short. |Q| is that of the policy's
-         actions, as in the authors' code; equation 5 has recorded ones. As in that code, (pi(s) -
-         a)^2 is the mean over the numbers of an action. Both gradients are taken at the same
-         weights and make one step of Adam. Steps in the log and in --total-timesteps are gradient
-         steps. At a time limit, y counts the rewards that would have followed (it bootstraps):
-         terminals is False there. Networks see actions in (-1, 1), which are scaled to their bounds
-         for the environment only.
+         the policy stays near the mean of random actions: in Pendulum, |Q| is large beside what
+         actions change. Random play tries all actions, so plain TD3 learns from it, too (--q-weight
+         1e6); imitation is for data that do not. The learning rate is 1e-3, not 3e-4, as 10k steps
+         are few. |Q| is that of the policy's actions, as in the authors' code; equation 5 uses
+         recorded actions. As in that code, (pi(s) - a)^2 is the mean over the numbers of an action.
+         Both gradients are taken at the same weights and make one step of Adam. Steps in the log
+         and in --total-timesteps are gradient steps. At a time limit, y counts the rewards that
+         would have followed (it bootstraps): terminals is False there. Networks see actions in
+         (-1, 1), which are scaled to their bounds for the environment only.
 Shapes   N environments; D recorded transitions, B of them in a batch; O numbers of an observation;
          K of an action.
 Run      python td3bc_continuous.py
@@ -276,7 +276,7 @@ def policy_loss(
     """J_pi, mean of (pi(s) - a)^2 - lambda * Q_1(s, pi(s)) (equations 3 and 5), from Q_1(s, pi(s)),
     pi(s) and a: (B,), (B, K), (B, K) -> scalar. The square is a mean over B and K.
     """
-    weight = alpha / q_of_policy.detach().abs().mean()  # lambda: the scale of Q does not matter
+    weight = alpha / q_of_policy.detach().abs().mean()  # lambda: it takes out the scale of Q
     return (policy_actions - actions).square().mean() - weight * q_of_policy.mean()
 
 
@@ -430,7 +430,7 @@ def train(args: Args) -> "Result":
     recorded = None if args.dataset == "random" else read_dataset(args, envs)
     parts = {"target_agent": target_agent, "optimizer": optimizer}
     with Run(args, envs, agent, **parts) as run:
-        data, metrics = recorded or random_play(args), {}  # the newest metrics
+        data = recorded or random_play(args)
         if envs.steps == 0:  # a resumed network keeps the statistics that it learned with
             agent.obs_mean[:], agent.obs_deviation[:] = measure(data.obs)
         data = Batch(*(column.to(device) for column in data))
@@ -438,6 +438,7 @@ def train(args: Args) -> "Result":
         data = data._replace(
             obs=normalize(data.obs, *statistics), next_obs=normalize(data.next_obs, *statistics)
         )
+        metrics = {}  # the newest; those of the policy are not of every step
         while run.is_running():
             # Learn.
             rows = torch.randint(len(data.rewards), (args.batch_size,))
