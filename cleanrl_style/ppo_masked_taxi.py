@@ -665,7 +665,10 @@ class Envs:
         for row, (i, action) in enumerate(zip(which, actions + self.first_action)):
             obs, reward, terminated[row], truncated[row], _ = self.envs[i].step(action)
             next_obs[row] = self.obs[i] = np.reshape(obs, -1)
-            rewards[row] = reward = np.asarray(reward).item()  # it may be an array
+            numbers = np.asarray(reward)  # it may be an array
+            if numbers.size != 1:
+                raise UsageError(f"a reward of the environment is not one number: {reward}")
+            rewards[row] = reward = numbers.item()
             self.steps += 1
             self.returns[i] += reward
             self.lengths[i] += 1

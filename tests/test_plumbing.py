@@ -249,6 +249,19 @@ def test_load_policy_plays_as_the_evaluation(bench, reference):
     )
 
 
+@pytest.mark.parametrize("reward", [[1.0, 2.0], [], np.ones((2, 1))])
+def test_a_reward_that_is_not_one_number_is_refused(monkeypatch, reward):
+    """As that of a game of several agents."""
+    step = cases.Line.step
+    monkeypatch.setattr(
+        cases.Line, "step", lambda env, action: (step(env, action)[0], reward, False, False, {})
+    )
+    envs = MODULE.Envs(MODULE.Args(env_id="cases:Line-v0"), 2, MODULE.TRAINING)
+    envs.reset()
+    with pytest.raises(MODULE.UsageError, match="not one number"):
+        envs.step(np.array([0, 1]))
+
+
 def test_episodes_have_seeds_of_their_own(monkeypatch):
     """Training and evaluation, environments, episodes, runs: no two have a seed in common."""
     seeds = []
