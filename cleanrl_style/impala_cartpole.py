@@ -40,8 +40,13 @@ Shapes   T steps of N environments in a rollout, B = T * N in all; O numbers of 
          K actions. Row t is the step from t to t+1.
 Run      python impala_cartpole.py
          python impala_cartpole.py --no-v-trace
-Expect   Return of the greedy policy over 100 episodes:
-             CartPole-v1    not yet recorded    300k steps
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
+         had other work, too:
+             CartPole-v1    497.5 (476.4 to 500.0)    300k steps    39 s
+         With --no-v-trace, five seeds reach 500, and five end with a policy that always does the
+         same:
+             CartPole-v1    254.4 (9.2 to 500.0)      300k steps    45 s
 """
 
 import contextlib
