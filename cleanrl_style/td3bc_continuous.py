@@ -46,8 +46,10 @@ Run      python td3bc_continuous.py
          python td3bc_continuous.py --dataset runs/NAME    (folder of a run of sac_continuous.py)
          python td3bc_continuous.py --dataset recorded.npz    (arrays of D rows: observations,
              actions, rewards, next_observations, terminals)
-Expect   Return of the policy over 100 episodes:
-             Pendulum-v1     not yet recorded   10k gradient steps
+Expect   Return of the policy over 100 episodes, mean over seeds 1 to 10 (worst to best seed), and
+         median wall time with start-up, random play and evaluation, on one core of an AMD EPYC that
+         had much other work:
+             Pendulum-v1    -171.4 (-187.7 to -155.0)    10k gradient steps    255 s
 """
 
 import contextlib
