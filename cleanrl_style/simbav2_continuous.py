@@ -531,10 +531,10 @@ class RunningStatistics(nn.Module):
 
 
 class ReturnScaler(nn.Module):
-    """Divides rewards, so that returns have a deviation of 1 and do not exceed max_return.
+    """Divides rewards, so that returns have a deviation of about 1 and rarely exceed max_return.
 
-    Both are measured on G_t = gamma * G_t-1 + r_t, which adds up past rewards, and not on what
-    follows. For a reward that is always the same, and episodes that are long, it is the same.
+    Both are measured on G_t = gamma * G_t-1 + r_t, which adds up past rewards, as returns add up
+    those to come. No G exceeds max_return; a return may, and is then clipped to the atoms.
     """
 
     def __init__(self, num_envs: int, gamma: float, max_return: float) -> None:

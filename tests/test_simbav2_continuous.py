@@ -426,8 +426,9 @@ def random_batch(dtype=torch.float64, size=40, obs_size=2, action_size=2):
     return script.Batch(obs, actions, rewards, next_obs, torch.rand(size) < 0.3)
 
 
-@pytest.mark.parametrize("num_critics", [1, 2])
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_critics, compile", [
+    (1, False), (2, False), pytest.param(1, True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_update_goes_down_three_gradients_each_of_the_weights_of_its_own(num_critics, compile):
     """Losses of the networks written out again, all at the old weights; then rows get length 1.
 
