@@ -8,9 +8,9 @@
 r"""SimbaV2 for flat observations and continuous actions.
 
 Paper    Lee et al. (2025), "Hyperspherical normalization for scalable deep reinforcement learning",
-         with the authors' code. What it takes from SAC: Haarnoja et al. (2018), "Soft actor-critic algorithms
-         and applications". Distributions: Bellemare, Dabney, Munos (2017), "A distributional
-         perspective on reinforcement learning".
+         and the authors' code. What it takes from SAC: Haarnoja et al. (2018), "Soft actor-critic
+         algorithms and applications". Distributions: Bellemare, Dabney, Munos (2017), "A
+         distributional perspective on reinforcement learning".
 Idea     Soft actor-critic (SAC, sac_continuous.py) with networks in which nothing can grow. The
          features h and the weights of each unit have length 1: n(x) is x / |x|. Lengths are left to
          scalers c, learned factors of each number. How far a block goes, alpha, is one, too.
