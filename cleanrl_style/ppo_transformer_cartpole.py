@@ -42,8 +42,8 @@ Differs  Transformer-XL caches its layers' outputs, made with older weights, and
          At a time limit, V(s_{t+1}) bootstraps, from the window that led there; at a true end, it
          counts as 0. Minibatches are of whole environments, and normalise A for the policy's loss.
          load_policy's policy remembers its calls: load it anew for each episode.
-Shapes   T steps of N environments in a rollout; S steps that a layer gets, at first P + T; O numbers
-         of an observation, D of a token; K actions; W tokens of a window; L layers.
+Shapes   T steps of N environments in a rollout; S steps that a layer gets, at first P + T; O
+         numbers of an observation, D of a token; K actions; W tokens of a window; L layers.
 Run      python ppo_transformer_cartpole.py
          python ppo_transformer_cartpole.py --env-id Acrobot-v1 --hide=    (hides nothing)
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
