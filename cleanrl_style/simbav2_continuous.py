@@ -43,8 +43,10 @@ Shapes   N environments; B transitions of a batch; O numbers of an observation; 
 Run      python simbav2_continuous.py
          python simbav2_continuous.py --env-id Hopper-v5 --total-timesteps 100000 --gamma 0.995 \
              --learning-starts 5000 --num-critics 2 --compile    (needs gymnasium[mujoco])
-Expect   Return of the deterministic policy over 100 episodes:
-             Pendulum-v1     not yet recorded   10k steps
+Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 5 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
+         had other work, too:
+             Pendulum-v1    -149.1 (-152.5 to -146.0)    10k steps    243 s
 """
 
 import contextlib
