@@ -32,12 +32,13 @@ Idea     Soft actor-critic (SAC, sac_continuous.py) with networks in which nothi
          Weights of Z_target are averages of the critic's, so a little shorter than 1; the authors
          leave them so. They choose gamma = 1 - 5 / (steps of an episode), from 0.95 to 0.995.
 Differs  For a CPU: narrower networks (authors: 128 and 512 units), 51 atoms (101), batches of 128
-         (256), one gradient step a step (2, where an action is taken twice), a higher learning rate
-         (1e-4 to 5e-5). One critic, as theirs where nothing terminates; elsewhere, they take two
-         (--num-critics 2). The last reward of an episode counts in its own G; in their code, in
-         the next one's. All gradients are taken at the same weights, in one step of Adam. At a time
-         limit, m counts the rewards that would have followed (it bootstraps). N environments are
-         stepped in parallel; updates are counted in single steps.
+         (256), 1,000 random steps (5,000), one gradient step a step (2, where an action is taken
+         twice), a higher learning rate (1e-4 to 5e-5). One critic, as theirs where nothing
+         terminates; elsewhere, they take two (--num-critics 2). The last reward of an episode
+         counts in its own G; in their code, in the next one's. All gradients are taken at the same
+         weights, in one step of Adam. At a time limit, m counts the rewards that would have
+         followed (it bootstraps). N environments are stepped in parallel; updates are counted in
+         single steps.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action; C
          critics; M atoms; U features.
 Run      python simbav2_continuous.py

@@ -306,6 +306,12 @@ def test_a_rollout_of_two_steps_is_the_smallest():
         script.Args(num_envs=1, num_steps=1)
 
 
+def test_a_lag_that_leaves_nothing_to_learn_from_is_refused():
+    script.Args(lag=16, num_envs=8, num_steps=8, total_timesteps=1025)
+    with pytest.raises(ValueError, match="--lag"):
+        script.Args(lag=16, num_envs=8, num_steps=8, total_timesteps=1024)
+
+
 # ---- The loop ------------------------------------------------------------------------------------
 
 FEW = dict(
