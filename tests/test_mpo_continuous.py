@@ -179,10 +179,10 @@ def test_where_the_dual_is_least_the_weights_differ_by_epsilon(epsilon, scale):
 def test_the_dual_is_the_best_mean_value_within_the_limit():
     """Over all weights of three actions, on a fine grid (2018, equation 7)."""
     values, best, heaviest, epsilon = [1.0, 3.0, 2.5], -math.inf, None, 0.2
-    for i, j in itertools.product(range(161), repeat=2):
-        weights = [i / 160, j / 160, (160 - i - j) / 160]
-        if weights[2] >= 0 and mean_kl(torch.tensor([weights]).T) <= epsilon:
-            value = sum(weight * q for weight, q in zip(weights, values))
+    for i, j in itertools.product(range(1, 400), repeat=2):
+        weights = [i / 400, j / 400, (400 - i - j) / 400]
+        if i + j < 400 and sum(w * math.log(3 * w) for w in weights) <= epsilon:
+            value = sum(w * q for w, q in zip(weights, values))
             best, heaviest = max((best, heaviest), (value, weights))
     q_values = torch.tensor([values]).double().T
     eta, least = minimum(q_values, epsilon)
