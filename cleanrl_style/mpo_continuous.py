@@ -32,12 +32,14 @@ Idea     Actor-critic in which the policy pi does not follow the gradient of Q. 
          drawn at random from a replay buffer. Q_target and pi_target are slowly following averages.
 Differs  Actions are squashed by tanh, as in SAC (sac_continuous.py), which changes no weight and no
          divergence; DeepMind's Acme clips them, and penalises those out of bounds. For a CPU, 10
-         actions in each state (Acme: 20), and batches of 128. Targets follow at each step; (2018b)
-         copies Q every 250. y looks one step ahead, as there; (2018) has Retrace. Deviations are
-         diagonal. eta and the alphas are learned as logarithms. Networks as in SAC, with one
-         critic. All gradients make one step of Adam. At a time limit, y counts the rewards that
-         would have followed (it bootstraps). N environments are stepped in parallel; updates are
-         counted in single steps, so N does not change their number.
+         actions in each state (Acme: 20), and batches of 128 (256). Targets follow at each step;
+         (2018b) copies Q every 250. y looks one step ahead, as there; (2018) has Retrace.
+         Deviations are diagonal. eta is learned as a logarithm, the alphas, which ran away as
+         logarithms, through softplus, as Acme has all three. The limit on KL_std is wider than
+         Acme's 1e-6, as gradient steps are fewer and larger. Networks as in SAC, with one critic.
+         All gradients make one step of Adam. At a time limit, y counts the rewards that would have
+         followed (it bootstraps). N environments are stepped in parallel; updates are counted in
+         single steps, so N does not change their number.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action; M
          actions drawn in a state.
 Run      python mpo_continuous.py
@@ -114,8 +116,8 @@ class Args:
     num_samples: SmallCount = 10  # actions drawn in a state (M)
     epsilon: Positive = 0.1  # KL divergence of the weighted actions from the policy, in nats
     epsilon_mean: Positive = 0.01  # largest KL divergence of a policy with new means, in nats
-    epsilon_std: Positive = 1e-4  # largest KL divergence of one with new deviations, in nats
-    dual_learning_rate: Positive = 1e-2  # step size of log eta and of log alpha
+    epsilon_std: Positive = 1e-3  # largest KL divergence of one with new deviations, in nats
+    dual_learning_rate: Positive = 1e-2  # step size of log eta and of both alphas
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
@@ -193,7 +195,7 @@ class Critic(nn.Module):
 
 
 class Agent(nn.Module):
-    """pi(a|s), its critic, and eta, alpha_mean and alpha_std, as logarithms.
+    """pi(a|s), its critic, the logarithm of eta, and alpha_mean and alpha_std before softplus.
 
     pi is a diagonal Gaussian, whose means and standard deviations depend on s, squashed by tanh.
     Actions in (-1, 1) are scaled to low and high (K,).
@@ -208,7 +210,8 @@ class Agent(nn.Module):
         self.register_buffer("high", torch.tensor(high))
         self.actor = mlp(obs_size, hidden_size, 2 * len(low), bfloat16)
         self.critic = Critic(obs_size, len(low), hidden_size, bfloat16)
-        self.log_duals = nn.Parameter(torch.zeros(3))
+        self.log_eta = nn.Parameter(torch.tensor(0.0))
+        self.raw_alphas = nn.Parameter(torch.zeros(2))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Observations (B, O) -> means and log standard deviations before tanh, (B, K) each."""
@@ -362,7 +365,8 @@ def compute_gradient(
     q_values = agent.critic(batch.obs, batch.actions)
     critic_loss = (q_values - target).square().mean()
 
-    eta, alpha_mean, alpha_std = agent.log_duals.exp()
+    eta = agent.log_eta.exp()  # of any scale, as the rewards
+    alpha_mean, alpha_std = F.softplus(agent.raw_alphas)  # grow by a constant, not a factor
     weights = action_weights(sampled_q, eta.detach())
     means, log_std = agent(batch.obs)
     actor_loss = policy_loss(samples, weights, means, log_std, old_means, old_log_std)
@@ -382,14 +386,16 @@ def compute_gradient(
         "losses/temperature": eta.detach(),
         "losses/kl_mean": kl_mean.detach(),
         "losses/kl_std": kl_std.detach(),
+        "losses/alpha_mean": alpha_mean.detach(),
+        "losses/alpha_std": alpha_std.detach(),
     }
 
 
 def make_optimizer(args: Args, agent: Agent) -> torch.optim.Adam:
     """Adam, with a learning rate of its own for eta and the alphas."""
     networks = [*agent.actor.parameters(), *agent.critic.parameters()]
-    groups = [{"params": networks}, {"params": [agent.log_duals], "lr": args.dual_learning_rate}]
-    return torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
+    duals = {"params": [agent.log_eta, agent.raw_alphas], "lr": args.dual_learning_rate}
+    return torch.optim.Adam([{"params": networks}, duals], lr=args.learning_rate, fused=True)
 
 
 def update(
