@@ -7,7 +7,7 @@
 # ///
 r"""Maximum a posteriori policy optimisation (MPO) for flat observations and continuous actions.
 
-Paper    Abdolmaleki et al. (2018), "Maximum a posteriori policy optimisation", and their (2018b),
+Paper    Abdolmaleki et al. (2018), "Maximum a posteriori policy optimisation", and (2018b),
          "Relative entropy regularized policy iteration", Algorithm 2.
 Idea     Actor-critic in which the policy pi does not follow the gradient of Q. In each state, M
          actions are drawn from pi_target, the policy of a little earlier. The E-step weighs them:
@@ -34,12 +34,12 @@ Differs  Actions are squashed by tanh, as in SAC (sac_continuous.py), which chan
          divergence; DeepMind's Acme clips them, and penalises those out of bounds. For a CPU, 10
          actions in each state (Acme: 20), and batches of 128 (256). Targets follow at each step;
          (2018b) copies Q every 250. y looks one step ahead, as there; (2018) has Retrace.
-         Deviations are diagonal. eta is learned as a logarithm, the alphas, which ran away as
-         logarithms, through softplus, as Acme has all three. The limit on KL_std is wider than
-         Acme's 1e-6, as gradient steps are fewer and larger. Networks as in SAC, with one critic.
-         All gradients make one step of Adam. At a time limit, y counts the rewards that would have
-         followed (it bootstraps). N environments are stepped in parallel; updates are counted in
-         single steps, so N does not change their number.
+         Deviations are diagonal. eta is learned as a logarithm; the alphas, which ran away as
+         logarithms, through softplus, as Acme has all three. The limits on KL_mean and KL_std,
+         there 2.5e-3 and 1e-6, are wider, as gradient steps are fewer and larger. Networks as in
+         SAC, with one critic. All gradients make one step of Adam. At a time limit, y counts the
+         rewards that would have followed (it bootstraps). N environments are stepped in parallel;
+         updates are counted in single steps, so N does not change their number.
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action; M
          actions drawn in a state.
 Run      python mpo_continuous.py
@@ -291,7 +291,7 @@ def temperature_loss(q_values: Tensor, eta: Tensor, epsilon: float) -> Tensor:
 def log_density(samples: Tensor, means: Tensor, log_std: Tensor) -> Tensor:
     """Of the Gaussian of actions before tanh: (M, B, K), (B, K), (B, K) -> (M, B).
 
-    Less the slope of tanh, which no weight changes, it is log pi(a|s).
+    Less the logarithm of tanh's slope, which is that of all policies, it is log pi(a|s).
     """
     distances = (samples - means) / log_std.exp()
     return (-distances.square() / 2 - log_std - math.log(2 * math.pi) / 2).sum(-1)
@@ -351,7 +351,7 @@ def compute_gradient(
     """The gradients of J_Q, J_mean, J_std, g and the alphas on the B transitions of a batch ->
     metrics. noise is standard normal, (M, 2 B, K): for the actions in s and in s'.
     """
-    with torch.no_grad():  # what the old policy does in s and in s', and what its actions are worth
+    with torch.no_grad():  # what the old policy does in s and in s', and what this is worth
         states = torch.cat([batch.obs, batch.next_obs])
         old_means, old_log_std = target_agent(states)
         samples = old_means + old_log_std.exp() * noise  # before tanh
@@ -365,8 +365,8 @@ def compute_gradient(
     q_values = agent.critic(batch.obs, batch.actions)
     critic_loss = (q_values - target).square().mean()
 
-    eta = agent.log_eta.exp()  # of any scale, as the rewards
-    alpha_mean, alpha_std = F.softplus(agent.raw_alphas)  # grow by a constant, not a factor
+    eta = agent.log_eta.exp()  # on any scale, like the rewards
+    alpha_mean, alpha_std = F.softplus(agent.raw_alphas)  # by factors, they run away
     weights = action_weights(sampled_q, eta.detach())
     means, log_std = agent(batch.obs)
     actor_loss = policy_loss(samples, weights, means, log_std, old_means, old_log_std)
