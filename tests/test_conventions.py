@@ -42,6 +42,11 @@ TAGS = {
     "losses/explained_variance",  # of the returns, by the values before the update
     "losses/entropy",  # of the policy, in nats, mean over the steps
     "losses/alpha",  # temperature: weight of the entropy
+    "losses/temperature",  # by which values are divided, before they become weights of actions
+    "losses/kl_mean",  # of a policy with new means from the target policy, in nats
+    "losses/kl_std",  # of a policy with new standard deviations from the target policy, in nats
+    "losses/alpha_mean",  # Lagrange multiplier of the limit on kl_mean
+    "losses/alpha_std",  # of that on kl_std
     "eval/episodic_return",  # mean over the episodes of one evaluation
     "eval/episodic_length",
     "eval/episode",  # the GIF
