@@ -31,6 +31,7 @@ TAGS = {
     "losses/policy_loss",
     "losses/value_loss",
     "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches
+    "losses/consistency_loss",  # mean squared error of the latent states that a model foresees
     "losses/reward_loss",  # cross-entropy of the rewards that a model predicts
     "losses/obs_loss",  # squared error of the observations that a model tells, summed over them
     "losses/continue_loss",  # cross-entropy of whether the episode goes on, as a model tells
