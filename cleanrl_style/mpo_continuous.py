@@ -12,31 +12,32 @@ Paper    Abdolmaleki et al. (2018), "Maximum a posteriori policy optimisation", 
 Idea     Actor-critic in which the policy pi does not follow the gradient of Q. In each state, M
          actions are drawn from pi_target, the policy of a little earlier. The E-step weighs them:
          the higher Q, the heavier. The M-step makes them as likely as they are heavy, by maximum
-         likelihood. pi is a Gaussian, whose mean moves towards the good actions, and whose
-         deviation grows where these are far away, and shrinks where they are near.
+         likelihood. pi is a Gaussian, whose mean mu moves towards the good actions, and whose
+         deviation sigma grows where these are far away, and shrinks where they are near.
 
              w_i     = exp(Q_target(s, a_i) / eta), divided by their sum;    a_i from pi_target(.|s)
              g(eta)  = eta * (epsilon + mean over s of log mean_i exp(Q_target(s, a_i) / eta))
-             J_mean  = mean of -sum_i w_i * log N(a_i; mean, deviation_target)
-             J_std   = mean of -sum_i w_i * log N(a_i; mean_target, deviation)
+             J_mean  = mean over s of -sum_i w_i * log N(a_i; mu, sigma_target)
+             J_std   = mean over s of -sum_i w_i * log N(a_i; mu_target, sigma)
              J_pi    = J_mean + alpha_mean * KL_mean + J_std + alpha_std * KL_std
              J_alpha = alpha_mean * (epsilon_mean - KL_mean) + alpha_std * (epsilon_std - KL_std)
-             y       = r + gamma * mean_i Q_target(s', a'_i)   or r alone, if the episode terminated
+             y       = r + gamma * mean_i Q_target(s', a'_i)   a'_i from pi_target(.|s');
+                       or r alone, if the episode terminated
              J_Q     = mean of (Q(s, a) - y)^2
 
-         Where g is least, the KL divergence of the weighted actions from pi_target is epsilon,
-         whatever the scale of the rewards. KL_mean is the divergence of N(mean, deviation_target)
-         from pi_target, KL_std that of N(mean_target, deviation). Each has a limit: alpha, a
-         Lagrange multiplier, grows where it is passed. So the mean can be quick while the
-         deviation, which is all exploration there is, shrinks slowly. Transitions (s, a, r, s') are
+         The temperature eta minimises g. There, the KL divergence of the weighted actions from
+         pi_target is epsilon, whatever the scale of the rewards. KL_mean is
+         KL(pi_target || N(mu, sigma_target)), KL_std is KL(pi_target || N(mu_target, sigma)). Each
+         has a limit: alpha, a Lagrange multiplier, grows above it and shrinks below. So mu can be
+         quick while sigma, which is all exploration there is, shrinks slowly. Transitions are
          drawn at random from a replay buffer. Q_target and pi_target are slowly following averages.
 Differs  Actions are squashed by tanh, as in SAC (sac_continuous.py), which changes no weight and no
          divergence; DeepMind's Acme clips them, and penalises those out of bounds. For a CPU, 10
          actions in each state (Acme: 20), and batches of 128 (256). Targets follow at each step;
-         (2018b) copies Q every 250. y looks one step ahead, as there; (2018) has Retrace.
-         Deviations are diagonal. eta is learned as a logarithm; the alphas, which ran away as
-         logarithms, through softplus, as Acme has all three. The limits on KL_mean and KL_std,
-         there 2.5e-3 and 1e-6, are wider, as gradient steps are fewer and larger. Networks as in
+         (2018b) copies Q every 250. y looks one step ahead, as in (2018b); (2018) has Retrace.
+         Deviations are diagonal. eta is learned as a logarithm, the alphas, which ran away as
+         logarithms, through softplus (Acme: all three). The limits on KL_mean and KL_std are wider
+         than Acme's 2.5e-3 and 1e-6, as gradient steps are fewer and larger. Networks as in
          SAC, with one critic. All gradients make one step of Adam. At a time limit, y counts the
          rewards that would have followed (it bootstraps). N environments are stepped in parallel;
          updates are counted in single steps, so N does not change their number.
@@ -85,6 +86,7 @@ from tqdm import tqdm
 SCRIPT = "mpo_continuous"  # named in checkpoints and messages
 LOG_FREQUENCY = 1_000  # steps between points of the losses
 LOG_STD_BOUNDS = -20, 2  # of the Gaussian before tanh, as the authors have it
+LEAST_ETA = 1e-8  # where all actions have the same value, eta falls for ever
 
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
@@ -114,10 +116,10 @@ class Args:
     gradient_steps: Count = 1  # gradient steps in an update
     hidden_size: SmallCount = 256  # units in each of the two hidden layers
     num_samples: SmallCount = 10  # actions drawn in a state (M)
-    epsilon: Positive = 0.1  # KL divergence of the weighted actions from the policy, in nats
-    epsilon_mean: Positive = 0.01  # largest KL divergence of a policy with new means, in nats
-    epsilon_std: Positive = 1e-3  # largest KL divergence of one with new deviations, in nats
-    dual_learning_rate: Positive = 1e-2  # step size of log eta and of both alphas
+    epsilon: Positive = 0.1  # KL divergence of the weighted actions from pi_target, in nats
+    epsilon_mean: Positive = 0.01  # limit of KL_mean, in nats: how far means may move
+    epsilon_std: Positive = 1e-3  # limit of KL_std, in nats: how far deviations may move
+    dual_learning_rate: Positive = 1e-2  # step size of log eta, and of the alphas before softplus
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are
@@ -348,7 +350,7 @@ class Batch(NamedTuple):
 def compute_gradient(
     agent: nn.Module, target_agent: nn.Module, batch: Batch, noise: Tensor, args: Args
 ) -> dict[str, Tensor]:
-    """The gradients of J_Q, J_mean, J_std, g and the alphas on the B transitions of a batch ->
+    """The gradients of J_Q, J_pi, g and J_alpha on the B transitions of a batch ->
     metrics. noise is standard normal, (M, 2 B, K): for the actions in s and in s'.
     """
     with torch.no_grad():  # what the old policy does in s and in s', and what this is worth
@@ -365,8 +367,8 @@ def compute_gradient(
     q_values = agent.critic(batch.obs, batch.actions)
     critic_loss = (q_values - target).square().mean()
 
-    eta = agent.log_eta.exp()  # on any scale, like the rewards
-    alpha_mean, alpha_std = F.softplus(agent.raw_alphas)  # by factors, they run away
+    eta = agent.log_eta.exp() + LEAST_ETA  # a logarithm, as the scale of Q is not known
+    alpha_mean, alpha_std = F.softplus(agent.raw_alphas)  # as logarithms, they ran away
     weights = action_weights(sampled_q, eta.detach())
     means, log_std = agent(batch.obs)
     actor_loss = policy_loss(samples, weights, means, log_std, old_means, old_log_std)
@@ -378,7 +380,7 @@ def compute_gradient(
         + alpha_mean * (args.epsilon_mean - kl_mean.detach())
         + alpha_std * (args.epsilon_std - kl_std.detach())
     )
-    (critic_loss + actor_loss + penalty + dual_loss).backward()  # no weight is in two of them
+    (critic_loss + actor_loss + penalty + dual_loss).backward()  # no term moves another's weights
     return {
         "losses/td_loss": critic_loss.detach(),
         "losses/q_values": q_values.detach().mean(),

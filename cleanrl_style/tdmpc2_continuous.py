@@ -16,31 +16,34 @@ Idea     Learn a model of the world, and plan in it before each step. The model 
              R(z, a), c(z)         reward; whether the episode goes on
              Q_k(z, a), p(z)       C critics; a policy
 
-         It learns from sequences of H steps. z_0 is seen, and all further z are foreseen:
+         It learns from sequences of H steps. z_0 is seen, and all further z_t are foreseen:
 
-             z_0   = h(x_0)        z_{t+1} = d(z_t, a_t)
-             y_t   = r_t + gamma * min_k Q_target,k(z', p(z'))    z' = h(x_{t+1}); r_t alone, if the
-                                                                  episode terminated; k: two of C
-             model = rho^t * (20 * (z_{t+1} - sg z')^2 + 0.1 * CE(r_t, R)
-                              + 0.1 * mean_k CE(y_t, Q_k)) + CE(c_t, c)
-             pi    = -rho^t * (mean_k Q_k(z_t, p(z_t)) / S + beta * entropy of p(z_t))
+             z_0 = h(x_0)          z_{t+1} = d(z_t, a_t)           z' = h(x_{t+1}), as it is seen
+             y_t     = r_t + gamma * min_k Q_target,k(z', p(z'))   two of C critics, drawn anew;
+                                                                   r_t alone, if it terminated
+             L_model = rho^t * (20 * (z_{t+1} - sg z')^2 + 0.1 * CE(r_t, R(z_t, a_t))
+                                + 0.1 * mean_k CE(y_t, Q_k(z_t, a_t)))
+                       + CE(whether it went on, c(z_{t+1}))
+             L_p     = -rho^t * (mean_k Q_k(z_t, p(z_t)) / D + ent_coef * entropy of p(.|z_t))
 
-         sg stops the gradient, rho < 1 trusts the first steps most. CE is the cross-entropy:
-         rewards and values are learned as categories, the numbers symexp(-10) to symexp(10). S is
-         the spread of Q, from the 5th to the 95th percentile. Groups of 8 numbers in z are
-         probabilities, so that z can neither grow nor shrink.
+         Both are means over t and B. sg stops the gradient, rho < 1 trusts the first steps
+         most. CE is the cross-entropy: rewards and values are learned as categories, the numbers
+         symexp(-10) to symexp(10). D is how far Q spreads, from its 5th to its 95th percentile at
+         t = 0, averaged over the past. Groups of 8 numbers in z are probabilities, so that z can
+         neither grow nor shrink.
          To act, model-predictive path integral control (MPPI) looks for the H actions with the
-         largest sum of discounted rewards and of the value after them. It draws S plans, P of them
-         from p and the others from a Gaussian, weighs the best E by e^(value / 2), fits the
-         Gaussian to them, and draws again. Of the last round's best plans, one is drawn by its
-         weight, and its first action taken, with noise. The next step's search begins with the
-         other means.
-Differs  Small networks and few plans, for a CPU. No dropout. One Adam for all networks. The mean of
-         all critics, not of two, counts in plans and pi; after a plan, p takes its mean action.
-         Categories are spaced as in DreamerV3, so that their mean has no bias. Sequences are cut at
-         an episode's end. Evaluation takes the mean of the last Gaussian. At a time limit, y counts
-         the rewards that would have followed (it bootstraps). load_policy's policy remembers all
-         its calls: load it anew for each episode.
+         largest sum of discounted rewards and of the value after them. P plans come from p. The
+         others are drawn from a Gaussian, which is then fitted to the E best of all, weighted by
+         e^(value / 2); and so on for some rounds. Of the last round's best, one is drawn by its
+         weight, and its first action taken, with noise. The next search begins with these means,
+         moved on by one step.
+Differs  Small networks and few plans, for a CPU. No dropout; SiLU, which CPUs compute faster than
+         Mish. One Adam for all networks. The mean of all critics, not of two, counts in plans and
+         in L_p; after a plan, p takes its mean action. Categories are spaced by symexp, as in
+         DreamerV3; the authors take symexp of a mean. Sequences are cut at an episode's end.
+         Evaluation takes the Gaussian's mean. At a time limit, y counts the rewards that would have
+         followed (it bootstraps). load_policy's policy keeps its last plan: load it anew for each
+         episode.
 Shapes   N environments; B sequences of a batch, H steps of each; O numbers of an observation; K of
          an action; Z of a latent state; C critics; S plans of a round, P of them p's, E the best.
 Run      python tdmpc2_continuous.py
@@ -92,9 +95,9 @@ LOG_FREQUENCY = 1_000  # steps between points of the losses
 LOG_STD_LIMITS = -10, 2  # of the policy's Gaussian before tanh
 GROUP = 8  # numbers of a latent state that add up to 1
 NUM_BINS, LARGEST = 101, 10.0  # categories of rewards and returns; their largest symlog
-DEVIATION_BOUNDS = 0.05, 2.0  # of the Gaussian from which plans are drawn; it begins with the last
+DEVIATION_BOUNDS = 0.05, 2.0  # of the Gaussian that plans are drawn from; it begins with the larger
 ENCODER_RATE = 0.3  # learning rate of the encoder, as a share of that of the others
-SPREAD_STEP = 0.01  # step of S towards the spread of a batch
+SPREAD_STEP = 0.01  # step of D towards the spread of a batch
 
 # Argument types with their bounds.
 Steps = Annotated[int, 1, 10**12]
@@ -135,8 +138,8 @@ class Args:
     plan_steps: SmallCount = 3  # steps of a plan, and of a sequence (H)
     num_plans: SmallCount = 64  # plans in a round (S)
     num_policy_plans: SmallCount = 4  # of them, how many the policy makes (P)
-    num_elites: SmallCount = 8  # best plans of a round, from which the next one is drawn (E)
-    num_rounds: SmallCount = 6  # rounds before each step of an environment
+    num_elites: SmallCount = 8  # best plans of a round, to which the Gaussian is fitted (E)
+    num_rounds: SmallCount = 6  # rounds of the search for an action
     inverse_temperature: Weight = 0.5  # of the best plans' weights: 0 makes them equal
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
@@ -183,7 +186,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def mlp(inputs: int, hidden_size: int, outputs: int) -> nn.Sequential:
-    """A network with two hidden layers, each with a norm, which keeps its numbers alike in size."""
+    """A network with two hidden layers, each with a norm, which keeps its units on one scale."""
     return nn.Sequential(
         nn.Linear(inputs, hidden_size), nn.LayerNorm(hidden_size), nn.SiLU(),
         nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size), nn.SiLU(),
@@ -199,7 +202,7 @@ class Critics(nn.Module):
         self.networks = nn.ModuleList(
             mlp(inputs, hidden_size, NUM_BINS) for _ in range(num_critics)
         )
-        for network in self.networks:  # expects 0 at first
+        for network in self.networks:  # so that the first predictions are 0
             nn.init.zeros_(network[-1].weight)
             nn.init.zeros_(network[-1].bias)
 
@@ -210,7 +213,7 @@ class Critics(nn.Module):
 
 
 class Agent(nn.Module):
-    """World model, policy and critics. Actions in (-1, 1) are scaled to low and high (K,)."""
+    """World model, policy and critics. Actions from -1 to 1 are scaled to low and high (K,)."""
 
     def __init__(self, obs_size: int, low: np.ndarray, high: np.ndarray, args: Args) -> None:
         super().__init__()
@@ -220,11 +223,11 @@ class Agent(nn.Module):
         self.encoder = nn.Sequential(mlp(obs_size, hidden, latent), nn.LayerNorm(latent))
         self.dynamics = nn.Sequential(mlp(inputs, hidden, latent), nn.LayerNorm(latent))
         self.rewards, self.goes_on = mlp(inputs, hidden, NUM_BINS), mlp(latent, hidden, 1)
-        nn.init.zeros_(self.rewards[-1].weight)  # expects 0 at first
+        nn.init.zeros_(self.rewards[-1].weight)  # so that the first predictions are 0
         nn.init.zeros_(self.rewards[-1].bias)
         self.actor = mlp(latent, hidden, 2 * len(low))
         self.critics = Critics(inputs, hidden, args.num_critics)
-        self.register_buffer("spread", torch.ones(()))  # S
+        self.register_buffer("spread", torch.ones(()))  # D
         self.state = None  # of the episodes that `play` plays; no part of the checkpoint
 
     def encode(self, obs: Tensor) -> Tensor:
@@ -326,7 +329,7 @@ def to_bounds(agent: Agent, actions: np.ndarray) -> np.ndarray:
 
 
 def plan_values(agent: Agent, latents: Tensor, actions: Tensor, args: Args) -> Tensor:
-    """What the model foresees of plans: discounted rewards, then the value (section 3.2).
+    """What the model expects of M plans: discounted rewards, then the value (section 3.2).
 
     Latent states (M, Z) where they begin, actions (H, M, K) -> (M,).
     """
@@ -340,7 +343,7 @@ def plan_values(agent: Agent, latents: Tensor, actions: Tensor, args: Args) -> T
 
 
 def policy_plans(agent: Agent, latents: Tensor, noise: Tensor) -> Tensor:
-    """The actions of the policy in the model: (M, Z), standard normal (H, M, K) -> (H, M, K)."""
+    """M plans of the policy, from the states (M, Z) on, by noise (H, M, K) -> (H, M, K)."""
     actions = []
     for step_noise in noise:
         actions.append(sample_actions(*agent.policy(latents), step_noise)[0])
@@ -431,7 +434,7 @@ class Batch(NamedTuple):
     """B sequences of H steps. Column b of each:"""
 
     obs: Tensor  # observations at the steps and after the last one, (H + 1, B, O)
-    actions: Tensor  # action in (-1, 1), (H, B, K)
+    actions: Tensor  # action from -1 to 1, (H, B, K)
     rewards: Tensor  # reward, (H, B)
     terminated: Tensor  # whether the episode terminated; False if truncated, (H, B)
     valid: Tensor  # False for what is beyond the episode's end, (H, B)
@@ -475,7 +478,7 @@ def model_loss(
 
 
 def mean_of_valid(errors: Tensor, valid: Tensor) -> Tensor:
-    """The mean over the steps of episodes, for the log: two of (H, B) -> scalar."""
+    """The mean over the valid steps, for the log: two of (H, B) -> scalar."""
     return (errors.detach() * valid).sum() / valid.sum()
 
 
@@ -490,7 +493,7 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of the policy (section 3.1) in latent states (H, B, Z) -> loss, metrics.
 
-    noise is standard normal, (H, B, K), for its actions. valid as in a Batch. S follows Q.
+    noise is standard normal, (H, B, K), for its actions. valid as in a Batch. Moves D, too.
     """
     actions, log_probs = sample_actions(*agent.policy(latents), noise)
     constants = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
@@ -500,8 +503,9 @@ def policy_loss(
         agent.spread.lerp_((high - low).clamp(min=1), SPREAD_STEP)
     objective = q_values / agent.spread - args.ent_coef * log_probs
     return -(step_weights(valid, args.rho) * objective).mean(), {
-        "losses/q_values": q_values.detach().mean(), "losses/entropy": -log_probs.detach().mean(),
-    }  # fmt: skip
+        "losses/q_values": mean_of_valid(q_values, valid),
+        "losses/entropy": mean_of_valid(-log_probs, valid),
+    }
 
 
 def compute_gradient(
@@ -648,7 +652,7 @@ def train(args: Args) -> "Result":
 def play(args: Args, agent: Agent, obs: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
     """How the trained policy is evaluated: observations (N, O) -> the plans' mean actions (N, K).
 
-    It remembers the calls before, but none where `first` (N,): there, an episode begins.
+    It begins with the plans of the last call, but not where `first` (N,): there, an episode begins.
     """
     device = agent.spread.device
     if agent.state is None:

@@ -415,7 +415,7 @@ def test_errors_in_the_log_are_means_over_the_steps_that_there_are():
 
 
 def test_policy_loss_and_its_gradient_by_loops():
-    """Q by the mean of all critics, in units of S, which has moved before; the entropy of pi."""
+    """Q by the mean of all critics, in units of D, which has moved before; the entropy of p."""
     agent, args = agent_of(scale=0.8), args_of(ent_coef=0.3, rho=0.7)
     valid = make_batch().valid
     latents, noise = script.to_simplices(torch.randn(3, 6, 16)), torch.randn(3, 6, 2)
