@@ -413,6 +413,17 @@ def test_update_goes_down_five_gradients_each_of_the_weights_of_its_own(compile)
     assert not values
 
 
+def test_where_all_actions_are_equally_good_eta_is_never_0():
+    """There, log eta falls for ever: the weights stay equal, and no weight becomes infinite."""
+    agent, target, batch = make_agent().double(), make_agent().double(), random_batch()
+    with torch.no_grad():
+        agent.log_eta.fill_(-1000.0)
+        target.critic.network[-1].weight.zero_()
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
+    script.update(agent, target, optimizer, batch, script.Args(num_samples=6))
+    assert all(weights.isfinite().all() for weights in agent.parameters())
+
+
 @pytest.mark.parametrize("epsilon_mean, epsilon_std", [(1e-6, 1e6), (1e6, 1e-6)])
 def test_a_multiplier_grows_where_its_limit_is_passed_and_falls_where_not(
     epsilon_mean, epsilon_std
