@@ -44,8 +44,9 @@ Differs  Actions are squashed by tanh, as in SAC (sac_continuous.py), which chan
 Shapes   N environments; B transitions of a batch; O numbers of an observation; K of an action; M
          actions drawn in a state.
 Run      python mpo_continuous.py
-Expect   Return of the deterministic policy over 100 episodes:
-             Pendulum-v1     not yet recorded   20k steps
+Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 to 5 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC:
+             Pendulum-v1     -149.5 (-154.6 to -146.7)   20k steps, 314 s
 """
 
 import contextlib
