@@ -157,9 +157,12 @@ def value_by_hand(agent, latent, plan, args):
     return reward + args.gamma * value_by_hand(agent, after, plan[1:], args)
 
 
-def test_values_of_plans_by_a_recursion():
-    """Also of plans that the model thinks will end the episode."""
+@pytest.mark.parametrize("bias", [0.0, 99.0])
+def test_values_of_plans_by_a_recursion(bias):
+    """Of plans in which the model thinks that some episodes end, or none."""
     agent, args = agent_of(scale=1.0), args_of(gamma=0.8)
+    with torch.no_grad():
+        agent.goes_on[-1].bias += bias
     latents = agent.encode(torch.randn(40, 2)).detach()
     plans = 2 * torch.rand(3, 40, 2) - 1
     with torch.no_grad():
@@ -168,7 +171,7 @@ def test_values_of_plans_by_a_recursion():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         after = agent.goes_on(agent.advance(latents, plans[0])) > 0
-    assert 2 < after.sum() < 38 and np.ptp(expected) > 1
+    assert (after.all() if bias else 2 < after.sum() < 38) and np.ptp(expected) > 1
 
 
 @torch.no_grad()
