@@ -251,8 +251,9 @@ def plan_by_hand(agent, obs, means, chance, args, n):
     return action, mean
 
 
-@pytest.mark.parametrize("inverse_temperature", [0.5, 2.0])
+@pytest.mark.parametrize("inverse_temperature", [0.0, 0.5])
 def test_plan_is_the_papers_for_each_environment(inverse_temperature):
+    """With weights that are all equal, and with nearly all weight on the best plan."""
     agent, args = agent_of(scale=0.7), args_of(inverse_temperature=inverse_temperature, gamma=0.9)
     obs, means = torch.randn(6, 2), 0.5 * torch.randn(3, 6, 2)
     chance = script.draw_chance(6, 2, args)
@@ -371,13 +372,15 @@ def model_loss_by_hand(agent, target_critics, batch, noise, pair, args):
     return total / 18
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"rho": 0.9, "reward_coef": 1.0}, {"consistency_coef": 1.0, "value_coef": 2.0},
+@pytest.mark.parametrize("pair, settings", [
+    ([2, 0], {}), ([0, 1], {"rho": 0.9, "reward_coef": 1.0}),
+    ([1, 2], {"consistency_coef": 1.0, "value_coef": 2.0}),
 ])  # fmt: skip
-def test_model_loss_and_its_gradient_by_loops(settings):
+def test_model_loss_and_its_gradient_by_loops(pair, settings):
+    """One of the pairs leaves out the critic with the least values."""
     agent, args, batch = agent_of(), args_of(**settings, gamma=0.9), make_batch()
     target_critics = agent_of(seed=5).critics
-    noise, pair = torch.randn(3, 6, 2), torch.tensor([2, 0])
+    noise, pair = torch.randn(3, 6, 2), torch.tensor(pair)
     arguments = agent, target_critics, batch, noise, pair, args
     loss, latents, metrics = script.model_loss(*arguments)
     expected = model_loss_by_hand(*arguments)
