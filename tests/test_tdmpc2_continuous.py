@@ -254,7 +254,7 @@ def plan_by_hand(agent, obs, means, chance, args, n):
 @pytest.mark.parametrize("inverse_temperature", [0.0, 0.5])
 def test_plan_is_the_papers_for_each_environment(inverse_temperature):
     """With weights that are all equal, and with nearly all weight on the best plan."""
-    agent, args = agent_of(scale=0.7), args_of(inverse_temperature=inverse_temperature, gamma=0.9)
+    agent, args = agent_of(scale=0.3), args_of(inverse_temperature=inverse_temperature, gamma=0.9)
     obs, means = torch.randn(6, 2), 0.5 * torch.randn(3, 6, 2)
     chance = script.draw_chance(6, 2, args)
     actions, found = script.plan(agent, obs, means, chance, args)
