@@ -265,6 +265,18 @@ def test_plan_is_the_papers_for_each_environment(inverse_temperature):
     assert not actions.requires_grad and actions.abs().max() <= 1
 
 
+def test_the_policy_plans_from_each_environments_own_state(monkeypatch):
+    calls = recorded(monkeypatch, script, "policy_plans")
+    agent, args, obs = agent_of(), args_of(), torch.randn(5, 2)
+    chance = script.draw_chance(5, 2, args)
+    script.plan(agent, obs, torch.zeros(3, 5, 2), chance, args)
+    ((_, starts, noise), _), latents = calls[0], agent.encode(obs)
+    for n in range(5):
+        for p in range(2):
+            torch.testing.assert_close(starts[2 * n + p], latents[n])
+            assert torch.equal(noise[:, 2 * n + p], chance.policy[:, n, p])
+
+
 class Known:
     """A world whose state is a number, which moves by a tenth of the action; z is that number.
 
