@@ -33,7 +33,7 @@ BAD = [
     ("--v-min nan", "--v-min"),
     ("--learning-starts 32", "--batch-size"),
 ]
-LEARNS = [("--seed 1 --total-timesteps 30000", 45)]  # twice chance; the record has all
+LEARNS = [("--seed 1 --total-timesteps 30000", 45)]  # twice chance; whole runs are in the record
 # What others published, by the record's name after `<script>__`: shown beside our results.
 PUBLISHED = {
     "CartPole-v1": "CleanRL 481 (500k)",

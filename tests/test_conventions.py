@@ -44,8 +44,8 @@ TAGS = {
     "losses/entropy",  # of the policy, in nats, mean over the steps
     "losses/alpha",  # temperature: weight of the entropy
     "losses/temperature",  # by which values are divided, before they become weights of actions
-    "losses/kl_mean",  # of a policy with new means from the target policy, in nats
-    "losses/kl_std",  # of a policy with new standard deviations from the target policy, in nats
+    "losses/kl_mean",  # of the target policy from one with new means, in nats
+    "losses/kl_std",  # of the target policy from one with new standard deviations, in nats
     "losses/alpha_mean",  # Lagrange multiplier of the limit on kl_mean
     "losses/alpha_std",  # of that on kl_std
     "eval/episodic_return",  # mean over the episodes of one evaluation

@@ -34,7 +34,7 @@ BAD = [
     ("--num-envs 3 --num-minibatches 4", "--num-minibatches"),
     ("--num-envs 5 --num-minibatches 3 --num-steps 1", "--num-minibatches"),
 ]
-LEARNS = [("--seed 1 --total-timesteps 60000", 45)]  # twice chance; the record has all
+LEARNS = [("--seed 1 --total-timesteps 60000", 45)]  # twice chance; whole runs are in the record
 # What others published, by the record's name after `<script>__`: shown beside our results.
 PUBLISHED = {"CartPole-v1": "sb3-contrib 500 and 402 (two models on Hugging Face)"}
 # How speed.py measures the script, and beside what; its first lines explain the form.
