@@ -117,21 +117,16 @@ def test_the_gif_moves(reference):
     assert image.encoded_image_string == (reference.run_dir / "episode.gif").read_bytes()
 
 
-def test_same_seed_same_weights_whatever_is_saved_and_evaluated(script, bench, reference):
-    tiny = description(script).TINY
-    other = bench.train(f"{tiny} --checkpoint-frequency 130 --eval-frequency 0")
-    assert same(learned(other), learned(reference.run_dir))
-    ours, theirs = curves(other), curves(reference.run_dir)
-    assert len(theirs["eval/episodic_return"]) > len(ours["eval/episodic_return"]) == 1
-    assert all(ours[tag] == theirs[tag] for tag in ours if not tag.startswith("eval"))
-
-
 def test_another_seed_other_weights(script, bench, reference):
-    other = learned(bench.train(f"{description(script).TINY} --seed 2"))
-    weights = [other["network"], learned(reference.run_dir)["network"]]
-    assert not any(
-        torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if "weight" in name
-    )
+    """Soon after the first update; constant ones may be the same."""
+    args = state(reference.run_dir)["args"]
+    few = max(args["total_timesteps"] // 4, args.get("learning_starts", 0) + 1)
+    flags = f"{description(script).TINY} --total-timesteps {few} --eval-episodes 1"
+    one, other = (learned(bench.train(f"{flags} --seed {seed}")) for seed in (1, 2))
+    weights = [name for name, tensor in one["network"].items() if tensor.unique().numel() > 1]
+    weights = [name for name in weights if "weight" in name]
+    assert weights and not torch.equal(one["random_state"], other["random_state"])
+    assert not any(torch.equal(one["network"][name], other["network"][name]) for name in weights)
 
 
 def kill(bench, arguments, reference):
@@ -151,25 +146,21 @@ def kill(bench, arguments, reference):
 
 
 def test_killed_and_resumed_is_as_if_nothing_happened(script, bench, reference):
-    run_dir = kill(bench, description(script).TINY, reference)
+    """Whatever is saved and evaluated: here often and only at the end."""
+    flags = "--checkpoint-frequency 130 --eval-frequency 0"
+    run_dir = kill(bench, f"{description(script).TINY} {flags}", reference)
     time.sleep(1)  # TensorBoard orders the files of a run by the second of their beginning
     ended = bench.run(f"--resume {run_dir}")
     assert ended.code == 0 and "Warning" not in ended.err, ended
     assert same(learned(run_dir), learned(reference.run_dir))
-    for tag, points in curves(reference.run_dir).items():
-        ours = curves(run_dir)[tag]  # killed after the last evaluation, it evaluates once more
-        assert (sorted(set(ours)) if tag.startswith("eval") else ours) == points, tag
-    for name in ("best.pt", "result.json"):
-        ours, theirs = ((folder / name) for folder in (run_dir, reference.run_dir))
-        if name == "best.pt":
-            ours, theirs = (
-                torch.load(path, weights_only=True)["network"] for path in (ours, theirs)
-            )
-        else:
-            ours, theirs = (
-                [*json.loads(path.read_text()).values()][1:4] for path in (ours, theirs)
-            )
-        assert same(ours, theirs), name
+    ours, theirs = curves(run_dir), curves(reference.run_dir)
+    assert len(theirs["eval/episodic_return"]) > len(ours["eval/episodic_return"]) == 1
+    for tag, points in theirs.items():
+        assert ours[tag] == (points[-1:] if tag.startswith("eval") else points), tag
+    ours, theirs = (
+        json.loads((folder / "result.json").read_text()) for folder in (run_dir, reference.run_dir)
+    )
+    assert [*ours.values()][1:4] == [*theirs.values()][1:4]
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 2000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
+    "--total-timesteps 1000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
     "--hidden-size 32 --critic-hidden-size 48 --train-frequency 20 --gradient-steps 2 "
-    "--checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
+    "--checkpoint-frequency 250 --eval-frequency 350 --eval-episodes 5"
 )
 OWN = "continuous"
 OWN_FLAGS = "--total-timesteps 3000 --hidden-size 32 --critic-hidden-size 32 --batch-size 64"

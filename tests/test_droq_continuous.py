@@ -21,9 +21,9 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 2000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
+    "--total-timesteps 1000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
     "--hidden-size 32 --train-frequency 20 --gradient-steps 3 --policy-delay 2 --dropout 0.1 "
-    "--checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
+    "--checkpoint-frequency 250 --eval-frequency 350 --eval-episodes 5"
 )
 OWN = "continuous"
 OWN_FLAGS = (

@@ -1,10 +1,11 @@
 """What the scripts that learn from pixels have in common: class Envs, and the evaluation.
 
-It is the same text in all of them, so the fast half, -m "not slow", tests one of them.
+Where it is the same text in some, as test_conventions.py makes sure, one of them is tested.
 """
 
 import contextlib
 import importlib
+import inspect
 import io
 import itertools
 
@@ -23,8 +24,27 @@ LIMIT = 150  # steps of an emulator's game: some end before, others are truncate
 LIMITED = f'{{"max_num_frames_per_episode": {4 * LIMIT}}}'
 
 
-@pytest.fixture(params=[pytest.param(x, marks=[pytest.mark.slow] * (x != NAMES[0])) for x in NAMES])
+def scripts(names):
+    """As parameters; the fast half, -m "not slow", tests the first."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name != names[0])) for name in names]
+
+
+def text_of_envs(name):
+    script = importlib.import_module(name)
+    return [inspect.getsource(part) for part in (script.Envs, script.OwnGames, script.make_games)]
+
+
+@pytest.fixture(params=scripts([
+    name for i, name in enumerate(NAMES) if text_of_envs(name) not in map(text_of_envs, NAMES[:i])
+]))  # fmt: skip
 def script(request):
+    """Those whose environments differ."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=scripts(NAMES))
+def each(request):
+    """All of them, for what their networks and loops take part in."""
     return importlib.import_module(request.param)
 
 
@@ -307,32 +327,32 @@ def network_of(script, args):
         return script.make_network(args, envs)
 
 
-def test_evaluation_is_whole_games_and_as_many_of_each_environment(script, monkeypatch, capsys):
+def test_evaluation_is_whole_games_and_as_many_of_each_environment(each, monkeypatch, capsys):
     """6 games of 4 environments: two of the first and of the second. It draws no random number."""
-    args = script.Args(eval_episodes=6, num_envs=4)
-    network = network_of(script, args)
-    monkeypatch.setattr(script, "make_games", games.Fixed)
-    calls = games.recorded(monkeypatch, script, "play")
+    args = each.Args(eval_episodes=6, num_envs=4)
+    network = network_of(each, args)
+    monkeypatch.setattr(each, "make_games", games.Fixed)
+    calls = games.recorded(monkeypatch, each, "play")
     before = torch.get_rng_state()
     returns, lengths = [1, 10, 2, 20, 3, 4], [1, 1, 2, 2, 3, 4]
-    assert script.evaluate(args, network) == (np.mean(returns), np.mean(lengths))
+    assert each.evaluate(args, network) == (np.mean(returns), np.mean(lengths))
     assert [len(obs) for (_, _, obs), _ in calls] == [4, 4, 3, 2]
     assert torch.equal(torch.get_rng_state(), before)
     assert f"return 6.7 ± {np.std(returns):.1f} over 6 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("most, pictures", [(500, range(0, 21, 2)), (4, range(0, 21, 8))])
-def test_the_first_game_is_drawn(script, monkeypatch, tmp_path, most, pictures):
+def test_the_first_game_is_drawn(each, monkeypatch, tmp_path, most, pictures):
     """Every second step; every fourth or eighth if that is too many pictures."""
-    monkeypatch.setattr(script, "MAX_FRAMES", most)
+    monkeypatch.setattr(each, "MAX_FRAMES", most)
 
     def render(envs):
         return np.full((9, 9, 3), 10 * envs.lengths[0], np.uint8)
 
-    monkeypatch.setattr(script.Envs, "render", render)
+    monkeypatch.setattr(each.Envs, "render", render)
     length = '{"length": 21}'
-    args = script.Args(env_id="PixelDiary-v0", env_kwargs=length, eval_episodes=2, num_envs=1)
-    script.evaluate(args, network_of(script, args), tmp_path / "x.gif")
+    args = each.Args(env_id="PixelDiary-v0", env_kwargs=length, eval_episodes=2, num_envs=1)
+    each.evaluate(args, network_of(each, args), tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as gif:
         for i, step in enumerate(pictures):
             gif.seek(i)
@@ -347,21 +367,24 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("env_id, kwargs, other_kwargs", [
-    ("PixelDiary-v0", "{}", '{"arrays": true}'),
-    pytest.param("ALE/Breakout-v5", LIMITED, LIMITED, marks=pytest.mark.slow),
-])  # fmt: skip
-def test_interrupted_or_not_the_run_is_the_same(
-    script, tmp_path, monkeypatch, env_id, kwargs, other_kwargs
-):  # fmt: skip
+def test_interrupted_or_not_the_run_is_the_same(each, tmp_path, monkeypatch):
     """To the last bit: killed twice and resumed, with checkpoints at other times; own environments
     that truncate, with a reward and ends in arrays, too; with new seeds before and after."""
-    monkeypatch.setattr(script, "RESEED_FREQUENCY", 400)
-    few = {"env_id": env_id, "env_kwargs": kwargs, "total_timesteps": 1500, "eval_episodes": 1}
+    interrupted(each, tmp_path, monkeypatch, "PixelDiary-v0", "{}", '{"arrays": true}')
+
+
+@pytest.mark.slow
+def test_interrupted_or_not_emulators_do_the_same(script, tmp_path, monkeypatch):
+    interrupted(script, tmp_path, monkeypatch, "ALE/Breakout-v5", LIMITED, LIMITED)
+
+
+def interrupted(script, tmp_path, monkeypatch, env_id, kwargs, other_kwargs):
+    monkeypatch.setattr(script, "RESEED_FREQUENCY", 200)
+    few = {"env_id": env_id, "env_kwargs": kwargs, "total_timesteps": 800, "eval_episodes": 1}
     args, recv = games.settings(script, tmp_path, **few), script.Envs.recv
     undisturbed = games.train(script, args)
-    args = games.replace(args, checkpoint_frequency=170, env_kwargs=other_kwargs)
-    for limit in (700, 1300):
+    args = games.replace(args, checkpoint_frequency=90, env_kwargs=other_kwargs)
+    for limit in (380, 690):
 
         def recv_until(self, *which):
             if self.steps > limit and self.stream == script.TRAINING:

@@ -523,6 +523,24 @@ def test_killed_in_the_last_evaluation(bench, run_dir):
     assert fingerprint(run_dir)[run_dir / "checkpoint.pt"] == before[run_dir / "checkpoint.pt"]
 
 
+def test_evaluations_go_on_where_they_were(bench, reference):
+    """Killed between two of them, it has the same curve and the same best policy in the end."""
+    ended = bench.run(TINY, kill_after=0, saves=3)
+    assert ended.code == -signal.SIGKILL, ended
+    (folder,) = (path.parent for path in (bench.folder / "runs").glob("*/checkpoint.pt"))
+    assert 0 < len(curves(folder)["eval/episodic_return"]) < len(
+        curves(reference)["eval/episodic_return"]
+    )
+    time.sleep(1)  # TensorBoard orders the files of a run by the second of their beginning
+    bench.train(f"--resume {folder}")
+    for tag in ("eval/episodic_return", "eval/episodic_length"):
+        assert sorted(set(curves(folder)[tag])) == curves(reference)[tag]
+    ours, theirs = (
+        torch.load(path / "best.pt", weights_only=True)["network"] for path in (folder, reference)
+    )
+    assert same(ours, theirs)
+
+
 def test_the_file_may_be_named_in_place_of_the_folder(bench, run_dir):
     ended = bench.run("--resume run/checkpoint.pt --total-timesteps 3000")
     assert ended.code == 0 and ended.lines[-1] == "run" and state(run_dir)["envs"]["steps"] >= 3000

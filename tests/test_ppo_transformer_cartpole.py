@@ -25,9 +25,9 @@ from torch.distributions import Categorical
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 2000 --num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 2 "
-    "--window 5 --num-layers 2 --gates --norm-obs --norm-reward --checkpoint-frequency 500 "
-    "--eval-frequency 700 --eval-episodes 5"
+    "--total-timesteps 1000 --num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 2 "
+    "--window 5 --num-layers 2 --gates --norm-obs --norm-reward --checkpoint-frequency 250 "
+    "--eval-frequency 350 --eval-episodes 5"
 )
 OWN = "discrete"
 OWN_FLAGS = "--total-timesteps 20000 --hide="

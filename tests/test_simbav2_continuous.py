@@ -22,9 +22,9 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 2000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
+    "--total-timesteps 1000 --num-envs 2 --learning-starts 100 --buffer-size 700 --batch-size 32 "
     "--actor-width 16 --critic-width 16 --num-atoms 21 --num-critics 2 --train-frequency 10 "
-    "--gradient-steps 2 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
+    "--gradient-steps 2 --checkpoint-frequency 250 --eval-frequency 350 --eval-episodes 5"
 )
 OWN = "continuous"
 OWN_FLAGS = (

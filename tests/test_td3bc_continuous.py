@@ -18,8 +18,8 @@ from torch import nn
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 2000 --num-envs 2 --dataset-size 700 --batch-size 32 --hidden-size 32 "
-    "--policy-frequency 3 --checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
+    "--total-timesteps 1000 --num-envs 2 --dataset-size 700 --batch-size 32 --hidden-size 32 "
+    "--policy-frequency 3 --checkpoint-frequency 250 --eval-frequency 350 --eval-episodes 5"
 )
 OWN = "continuous"
 OWN_FLAGS = "--total-timesteps 3000 --dataset-size 3000 --hidden-size 32"
