@@ -11,15 +11,16 @@ Paper    Cobbe, Hilton, Klimov, Schulman (2021), "Phasic policy gradient", Algor
          2, whose losses have names, not numbers. Schulman et al. (2017), "Proximal policy
          optimization algorithms" (PPO), equations 7 and 9. Schulman et al. (2016),
          "High-dimensional continuous control using generalized advantage estimation", equation 16.
-Idea     PPO, but pi and V learn from each other without disturbing each other. A network for both
-         would have to serve two losses; two networks cannot share what they learn about states. So
-         they are two, and two phases alternate. A policy phase is N_pi iterations of PPO: play T
-         steps in N environments, then make actions of positive advantage A more likely, in one
-         epoch. The auxiliary phase has E_aux epochs over all steps of the policy phase. In it, the
-         policy network learns V_pi, the values of a second head, which has no other use than to
-         train the layers below both heads. The KL divergence from pi_old, the policy before this
-         phase, keeps pi as it was. V learns on, too: it bears more epochs over its steps than pi.
+Idea     In one network, the policy pi(a|s) and V(s), the predicted return, disturb each other. In
+         two, pi cannot use what V has learned to see in the states. So PPG has two networks, and
+         two phases that alternate. A policy phase is N_pi iterations of PPO: play T steps in N
+         environments, then make actions of positive advantage A more likely, in one epoch. The
+         auxiliary phase has E_aux epochs over all steps of the policy phase. In it, the policy
+         network learns V_pi, the values of a second head, which has no other use than to train the
+         layers below both heads. The KL divergence from pi_old, the policy before this phase, keeps
+         pi as it was. V learns on, too: it bears more epochs over the same steps than pi.
 
+             ratio   = pi(a|s) / that of the policy that played
              L_clip  = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
              L_value = mean of (V(s) - V_targ)^2 / 2        V_targ is A + V, before the epochs
              L_aux   = mean of (V_pi(s) - V_targ)^2 / 2
@@ -31,14 +32,15 @@ Idea     PPO, but pi and V learn from each other without disturbing each other. 
 Differs  pi and V take their epochs of a policy phase together, so E_pi = E_V. Advantages are
          normalised in each minibatch, in the authors' code once in each rollout. Gradients are
          clipped. The learning rate falls linearly to 0. As in their code, each phase has an Adam of
-         its own. As in the paper, V_targ stays as the policy phase computed it. No auxiliary phase
-         follows a last policy phase that has less than N_pi iterations. At a time limit, V of the
-         last observation bootstraps; at a true end, it counts as 0. The paper expects a gain over
-         PPO from images more than from short observations like these.
+         its own; as in the paper, V_targ stays as the policy phase computed it. After a last policy
+         phase of fewer than N_pi iterations, there is no auxiliary phase. At a time limit, V of
+         the last observation bootstraps; at a true end, it counts as 0. The paper expects PPG to
+         gain most over PPO where observations are images.
 Shapes   T steps of N environments in a rollout, B of them in a minibatch; O numbers of an
          observation; K actions. Row t is the step from t to t+1.
 Run      python ppg_cartpole.py
-         python ppg_cartpole.py --env-id Acrobot-v1
+         python ppg_cartpole.py --env-id Acrobot-v1 --total-timesteps 150000 --gamma 0.99 \
+             --gae-lambda 0.95 --norm-obs
 Expect   Return of the greedy policy over 100 episodes:
              CartPole-v1     not yet recorded   100k steps
              Acrobot-v1      not yet recorded   150k steps
