@@ -39,6 +39,8 @@ TAGS = {
     "losses/novelty_loss",  # mean squared error of the network that imitates a random one
     "losses/kl",  # of the old policy from the new one, in nats, exact, after the step
     "losses/step_fraction",  # of the step of a trust region, that the line search took; 0: none
+    "losses/aux_value_loss",  # of the value head that only trains the policy's layers
+    "losses/aux_kl",  # of the policy before an auxiliary phase from the new one, in nats, exact
     "losses/clipfrac",  # share of the steps where the ratio is clipped
     "losses/explained_variance",  # of the returns, by the values before the update
     "losses/entropy",  # of the policy, in nats, mean over the steps
