@@ -7,35 +7,36 @@
 # ///
 r"""Phasic policy gradient (PPG) for flat observations and discrete actions.
 
-Paper    Cobbe, Hilton, Klimov, Schulman (2021), "Phasic policy gradient", Algorithm 1 and section
-         2, whose losses have names, not numbers. Schulman et al. (2017), "Proximal policy
-         optimization algorithms" (PPO), equations 7 and 9. Schulman et al. (2016),
-         "High-dimensional continuous control using generalized advantage estimation", equation 16.
-Idea     In one network, the policy pi(a|s) and V(s), the predicted return, disturb each other. In
-         two, pi cannot use what V has learned to see in the states. So PPG has two networks, and
-         two phases that alternate. A policy phase is N_pi iterations of PPO: play T steps in N
-         environments, then make actions of positive advantage A more likely, in one epoch. The
-         auxiliary phase has E_aux epochs over all steps of the policy phase. In it, the policy
-         network learns V_pi, the values of a second head, which has no other use than to train the
-         layers below both heads. The KL divergence from pi_old, the policy before this phase, keeps
-         pi as it was. V learns on, too: it bears more epochs over the same steps than pi.
+Paper    Cobbe, Hilton, Klimov, Schulman (2021), "Phasic policy gradient", Algorithm 1 and section 2
+         (its losses have no numbers). Schulman et al. (2017), "Proximal policy optimization
+         algorithms" (PPO), equations 7 and 9. Schulman et al. (2016), "High-dimensional continuous
+         control using generalized advantage estimation", equation 16.
+Idea     Where the policy pi(a|s) and V(s), the predicted return, share a network, their gradients
+         interfere; where they do not, pi cannot use what V has learned to see. So PPG has two
+         networks, and two phases that alternate. A policy phase is N_pi iterations of PPO: play T
+         steps in N environments, then make actions of positive advantage A more likely and the
+         others less, in one epoch. The auxiliary phase has E_aux epochs over all steps of the
+         policy phase. There the policy network also learns V_pi, with a second head that has no
+         other use than to train the layers below both heads. A KL penalty keeps pi close to pi_old,
+         the policy before this phase. V is trained on, too: it bears more epochs over the same
+         steps than pi.
 
-             ratio   = pi(a|s) / that of the policy that played
+             ratio   = pi(a|s) / pi_roll(a|s)               pi_roll is the policy that played
              L_clip  = -mean of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
-             L_value = mean of (V(s) - V_targ)^2 / 2        V_targ is A + V, before the epochs
+             L_value = mean of (V(s) - V_targ)^2 / 2        V_targ = A + V, before the epochs
              L_aux   = mean of (V_pi(s) - V_targ)^2 / 2
              L_joint = L_aux + clone_coef * mean of KL(pi_old(.|s) || pi(.|s))
 
              policy phase:     L_clip + vf_coef * L_value - ent_coef * entropy of pi, as in PPO
-             auxiliary phase:  L_joint + L_value
+             auxiliary phase:  L_joint + L_value            each phase has an Adam of its own
 
-Differs  pi and V take their epochs of a policy phase together, so E_pi = E_V. Advantages are
-         normalised in each minibatch, in the authors' code once in each rollout. Gradients are
-         clipped. The learning rate falls linearly to 0. As in their code, each phase has an Adam of
-         its own; as in the paper, V_targ stays as the policy phase computed it. After a last policy
-         phase of fewer than N_pi iterations, there is no auxiliary phase. At a time limit, V of
-         the last observation bootstraps; at a true end, it counts as 0. The paper expects PPG to
-         gain most over PPO where observations are images.
+Differs  Phases are shorter than in the paper, and their minibatches of single steps, not of whole
+         sequences. pi and V have the same number of epochs in a policy phase. Advantages are
+         normalised in each minibatch, in the authors' code once per rollout. Gradients are clipped,
+         those of both networks together. The learning rate falls linearly to 0. At a time limit,
+         V of the last observation bootstraps; at a true end, it counts as 0. A policy phase of
+         fewer than N_pi iterations, the last, has no auxiliary phase. The paper expects PPG to gain
+         most over PPO where observations are images.
 Shapes   T steps of N environments in a rollout, B of them in a minibatch; O numbers of an
          observation; K actions. Row t is the step from t to t+1.
 Run      python ppg_cartpole.py
@@ -115,7 +116,7 @@ class Args:
     norm_reward: bool = True  # divide rewards by the running standard deviation of returns
     policy_iterations: Count = 16  # rollouts between two auxiliary phases (N_pi)
     aux_epochs: Count = 6  # epochs of an auxiliary phase, over all rollouts since the last (E_aux)
-    aux_minibatches: Count = 2  # minibatches of an auxiliary epoch, for each of its rollouts
+    aux_minibatches: Count = 2  # minibatches of an auxiliary epoch, per rollout: N_pi times as many
     clone_coef: Weight = 1.0  # weight of the KL divergence in the auxiliary phase (beta_clone)
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
@@ -353,7 +354,7 @@ def auxiliary_loss(aux_values: Tensor, returns: Tensor) -> Tensor:
 def cloning_loss(old_logits: Tensor, logits: Tensor) -> Tensor:
     """Mean of KL(pi_old || pi), in nats, as in L_joint (2021, section 2): (B, K), (B, K) -> scalar.
 
-    A sum over all actions, not only those that were played. Where pi is pi_old, its gradient is 0.
+    Exact: a sum over all actions, not only those that were played. Its gradient is 0 at pi_old.
     """
     log_pi_old, log_pi = old_logits.log_softmax(-1), logits.log_softmax(-1)
     return (log_pi_old.exp() * (log_pi_old - log_pi)).sum(-1).mean()
@@ -369,7 +370,7 @@ class AuxBatch(NamedTuple):
 
 @torch.no_grad()
 def make_aux_batch(agent: Agent, obs: Tensor, returns: Tensor) -> AuxBatch:
-    """All steps of an auxiliary phase, before the first gradient step, where pi is pi_old: obs
+    """All steps of an auxiliary phase, before its first gradient step, while pi is pi_old: obs
     (B, O), V_targ (B,) -> B rows.
     """
     old_logits, _ = agent(obs)
@@ -471,7 +472,7 @@ class Phase:
         self.returns.append(batch.returns)
 
     def take(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """All observations and V_targ, which are not kept any longer: (B, O), (B,)."""
+        """All observations and V_targ, and forgets them: (B, O), (B,)."""
         obs, returns = (
             torch.cat([rollout.to(device) for rollout in rollouts])  # on the CPU, if resumed
             for rollouts in (self.obs, self.returns)
