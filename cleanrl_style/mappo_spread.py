@@ -28,9 +28,9 @@ Idea     PPO for A agents. Each acts on its own observation o_i. All share one a
          The reward does not tell which agent earned it: to each, what the others did is noise in A,
          which large rollouts average out. With --critic local, all agents still share each return,
          and their advantages differ by V(o_i, i) only. To each agent, the others are a part of the
-         world, and it changes as they learn: so the epochs are few, and epsilon is 0.2 at most.
-         Each ratio is clipped by itself: their product, the ratio of the joint action, leaves the
-         clip range sooner the more agents there are.
+         world, which changes as they learn: so the epochs are few (in the paper, 5 to 15), and
+         epsilon is 0.2 at most. Each ratio is clipped by itself: their product, the ratio of the
+         joint action, leaves the clip range sooner the more agents there are.
 Differs  mu and sigma weigh all targets alike; in the authors' code, later ones weigh more. When
          they change, V changes with them, which PopArt would prevent. At a time limit, V of the
          last state stands for the rewards that would have followed (it bootstraps). The error of V
