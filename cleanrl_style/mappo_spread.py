@@ -8,14 +8,15 @@
 r"""MAPPO: PPO for teams that share one reward, with flat observations and discrete actions.
 
 Paper    Yu et al. (2022), "The surprising effectiveness of PPO in cooperative multi-agent games".
-         PPO: Schulman et al. (2017), GAE: Schulman et al. (2016); see ppo_cartpole.py.
-         --critic local: IPPO, de Witt et al. (2020), "Is independent learning all you need in the
-         StarCraft multi-agent challenge?". The game: Lowe et al. (2017), "Multi-agent actor-critic
-         for mixed cooperative-competitive environments".
+         Schulman et al. (2017), "Proximal policy optimization algorithms" (PPO), equations 7 and 9;
+         (2016), "High-dimensional continuous control using generalized advantage estimation",
+         equation 16. --critic local: IPPO, de Witt et al. (2020), "Is independent learning all you
+         need in the StarCraft multi-agent challenge?". The game: Lowe et al. (2017), "Multi-agent
+         actor-critic for mixed cooperative-competitive environments".
 Idea     PPO for A agents. Each acts on its own observation o_i. All share one actor, which sees the
-         agent's number i, too, so that they can act differently. The critic is for training only,
-         so it may see more than an agent does: the state s, which is all observations together.
-         With --critic local, it sees o_i and i, as the actor does.
+         agent's number i, too, so that they can differ. The critic is for training only, so it may
+         see more than an agent does: the state s, which is all observations together. With
+         --critic local, it sees o_i and i, as the actor does.
 
              V       = mu + sigma * critic(s)                  mean, deviation of all targets so far
              delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)       TD error
@@ -23,19 +24,19 @@ Idea     PPO for A agents. Each acts on its own observation o_i. All share one a
              ratio_i = pi(a_i|o_i, i) / pi_old(a_i|o_i, i)     each agent's own
              loss    = -mean of min(ratio_i * A, clip(ratio_i, 1 - epsilon, 1 + epsilon) * A)
                        + vf_coef * mean of ((V - (A + V_old)) / sigma)^2 / 2
-                       - ent_coef * entropy of pi
+                       - ent_coef * entropy of pi              means over steps and agents
 
          The reward does not tell which agent earned it: to each, what the others did is noise in A,
-         which large rollouts average out. With --critic local, all agents still share each return,
-         and their advantages differ by V(o_i, i) only. To each agent, the others are a part of the
-         world, which changes as they learn: so the epochs are few (in the paper, 5 to 15), and
+         which large minibatches average out. With --critic local, they still share the rewards:
+         their advantages differ by V(o_i, i) only. To each agent, the others are a part of the
+         world that changes as they learn: so the epochs are few (in the paper, 5 to 15), and
          epsilon is 0.2 at most. Each ratio is clipped by itself: their product, the ratio of the
          joint action, leaves the clip range sooner the more agents there are.
-Differs  mu and sigma weigh all targets alike; in the authors' code, later ones weigh more. When
-         they change, V changes with them, which PopArt would prevent. At a time limit, V of the
-         last state stands for the rewards that would have followed (it bootstraps). The error of V
-         is squared and not clipped, and there is no memory. As in ppo_cartpole.py: one optimizer
-         for both networks, tanh, and a learning rate that falls linearly to 0.
+Differs  mu and sigma weigh all targets alike, and change once a rollout; in the authors' code, with
+         each gradient step. At the time limit, V of the last state bootstraps, as if the game went
+         on; theirs counts it as an end. The error of V is squared, not clipped; the gradients of
+         both networks are clipped together; the learning rate falls linearly to 0. The networks
+         have no memory and no LayerNorm. In Spread, their agents do not see i.
 Shapes   T steps of N environments in a rollout, B of them in a minibatch; A agents; O numbers of
          all observations together, O / A of each; K actions of each agent; C values of a step: 1
          for the team, or A with --critic local.
@@ -143,22 +144,23 @@ class Spread(gym.Env):
     It is "simple spread" of OpenAI's multi-agent particle environments, without the messages, which
     are always 0 there. An agent sees its velocity, its place, and from there the landmarks and the
     other agents. It does nothing, or pushes itself to the right, left, up or down. Agents that
-    touch are pushed apart. Each agent pays, for each landmark, the distance of the agent nearest to
-    it, and 1 for each agent that it touches. The reward is the sum over all agents. As in the
-    original, each touches itself, too: A in each step, which makes returns comparable.
+    touch are pushed apart. An agent's reward is minus the sum, over landmarks, of the distance to
+    the nearest agent, and minus 1 for each agent that it touches; the team's is the sum of these.
+    As in the original, an agent touches itself, too: -A in each step.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
     PUSHES = 5 * np.array([0, 1, -1, 1j, -1j])  # points of the plane are complex numbers
     RADIUS, MARGIN, STIFFNESS = 0.15, 1e-3, 100  # of agents, and of their contacts
-    STEP, DAMPING = 0.1, 0.25  # seconds, and the share of its velocity that an agent loses in them
+    STEP, DAMPING = 0.1, 0.25  # seconds, and the share of the velocity that is lost in them
 
     def __init__(self, num_agents: int = 3, render_mode: str | None = None) -> None:
         if type(num_agents) is not int or num_agents < 1:
             raise ValueError("num_agents must be a whole number, 1 or more")
         self.num_agents, self.render_mode = num_agents, render_mode
         self.itself = np.eye(num_agents, 2 * num_agents, num_agents)
-        self.seen = np.flatnonzero(self.itself == 0).reshape(num_agents, -1)  # all but itself
+        # Places are of the landmarks, then of the agents. To be seen: all but oneself.
+        self.seen = np.flatnonzero(self.itself == 0).reshape(num_agents, -1)
         shape = num_agents, 4 * num_agents + 2
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         self.action_space = gym.spaces.MultiDiscrete([len(self.PUSHES)] * num_agents)
@@ -170,11 +172,11 @@ class Spread(gym.Env):
         return self.observe(), {}
 
     def observe(self) -> np.ndarray:
-        agents = self.places[self.num_agents :, None]  # those before them are landmarks
+        agents = self.places[self.num_agents :, None]
         self.offsets = self.places - agents
         self.distances = np.abs(self.offsets)
         rows = np.concatenate([self.velocities[:, None], agents, self.offsets.take(self.seen)], 1)
-        return rows.view(float).astype(np.float32)
+        return rows.view(float).astype(np.float32)  # x and y of each
 
     def step(self, actions: np.ndarray) -> tuple:
         size = self.num_agents
@@ -231,30 +233,30 @@ class Agent(nn.Module):
     def __init__(self, num_agents: int, obs_size: int, num_actions: int, args: Args) -> None:
         super().__init__()
         self.num_agents, self.local = num_agents, args.critic == "local"
-        self.obs_statistics = RunningStatistics(obs_size) if args.norm_obs else None
+        own_size = obs_size // num_agents
+        self.obs_statistics = RunningStatistics(own_size) if args.norm_obs else None
         self.target_statistics = RunningStatistics(1)  # mean 0, variance 1, if not updated
-        own_size = obs_size // num_agents + num_agents
+        actor_size = own_size + num_agents
         self.actor = nn.Sequential(  # the small gain makes the first policy nearly uniform
-            layer(own_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, num_actions, 0.01)
+            layer(actor_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, num_actions, 0.01)
         )
-        seen_size = own_size if self.local else obs_size
+        critic_size = actor_size if self.local else obs_size
         self.critic = nn.Sequential(
-            layer(seen_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, 1.0)
+            layer(critic_size, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, 1.0)
         )
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Observations of all agents (..., O) -> logits of pi(.|o_i, i) (..., A, K) and V(s)
         (..., 1), or V(o_i, i) (..., A).
         """
-        obs = self.normalize(obs)
-        rows = obs.unflatten(-1, (self.num_agents, -1))
-        ids = torch.eye(self.num_agents, device=obs.device).expand(*rows.shape[:-1], -1)
-        rows = torch.cat([rows, ids], -1)
-        values = self.critic(rows).squeeze(-1) if self.local else self.critic(obs)
+        obs = self.normalize(obs.unflatten(-1, (self.num_agents, -1)))
+        ids = torch.eye(self.num_agents, device=obs.device).expand(*obs.shape[:-1], -1)
+        rows = torch.cat([obs, ids], -1)
+        values = self.critic(rows).squeeze(-1) if self.local else self.critic(obs.flatten(-2))
         return self.actor(rows), self.target_statistics.mean + self.deviation() * values
 
     def deviation(self) -> Tensor:
-        """Of the targets of V so far (1,). The critic predicts how many of it V is above mean."""
+        """sigma, of the targets of V so far (1,): the critic's output is (V - mu) / sigma."""
         return (self.target_statistics.variance + 1e-8).sqrt()
 
     def normalize(self, obs: Tensor) -> Tensor:
@@ -266,7 +268,7 @@ class Agent(nn.Module):
 
 
 def make_network(args: Args, envs: "Envs") -> Agent:
-    """An agent for each place in the team of these environments, with shared weights."""
+    """The networks of the team in these environments."""
     nvec = envs.action_space.nvec
     return Agent(len(nvec), envs.obs.shape[1], int(nvec[0]), args)
 
@@ -291,10 +293,10 @@ class Actor:
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Observations of all agents (N, O) -> logits of pi(.|o_i, i) (N, A, K)."""
+        obs = obs.reshape(len(obs), len(self.ids), -1)
         if self.statistics is not None:
             mean, deviation = self.statistics
             obs = ((obs - mean) / deviation).clip(-10, 10)
-        obs = obs.reshape(len(obs), len(self.ids), -1)
         obs = np.concatenate([obs, np.tile(self.ids, (len(obs), 1, 1))], 2)
         for weight, bias in self.layers[:-1]:
             obs = np.tanh(obs @ weight.T + bias)
@@ -336,7 +338,7 @@ def gae(
 
 
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-mean of min(ratio * A, clip(ratio) * A) (2017, equation 7): (B,), (B,) -> scalar.
+    """-mean of min(ratio * A, clip(ratio) * A) (2017, equation 7): (B, A), (B, C) -> scalar.
 
     Outside the clip range, the gradient is 0 if the ratio moved the way that A favours. Otherwise
     the minimum is the unclipped term, which pulls it back.
@@ -361,7 +363,7 @@ def make_batch(
     terminated: Tensor, truncated: Tensor, args: Args,
 ) -> Batch:  # fmt: skip
     """Advantages of a rollout: obs, next_obs (T, N, O), actions (T, N, A), three of (T, N) -> T * N
-    rows. What the team has once is the same for each of its values.
+    rows. Rewards and ends are the same for each of the C values.
 
     Where an episode ends, next_obs is its last observation. The agent has not been updated since
     the rollout, so pi_old and V_old can be computed here.
@@ -490,7 +492,7 @@ def train(args: Args) -> "Result":
                 agent.target_statistics.update(batch.returns.reshape(-1, 1))
             metrics = learn(agent, optimizer, batch, args)
             if args.norm_obs:  # after the epochs: pi and pi_old share one normalisation
-                agent.obs_statistics.update(batch.obs)
+                agent.obs_statistics.update(batch.obs.unflatten(1, (len(nvec), -1)).flatten(0, 1))
 
             # Log, evaluate, save.
             values = batch.returns - batch.advantages

@@ -147,15 +147,16 @@ def check_ppo_log(script, tmp_path, monkeypatch, *, anneal_lr, learning_rate, **
     assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["eps"] == 1e-5
 
 
-def check_ppo_statistics(script, tmp_path, monkeypatch, **settings):
+def check_ppo_statistics(script, tmp_path, monkeypatch, agents=1, **settings):
     """They do not change within a rollout and its updates: else pi / pi_old would not start at 1.
 
-    All observations are counted, once; those of the evaluation are not.
+    All observations are counted, once; those of the evaluation are not. Those of the agents of a
+    team are counted together.
     """
     counts = []
     for name in ("Actor", "make_batch", "update"):
         def noting(agent, *others, name=name, function=getattr(script, name), **keywords):
-            counts.append((name, agent.obs_statistics.count.item()))
+            counts.append((name, agent.obs_statistics.count.item() / agents))
             return function(agent, *others, **keywords)
 
         monkeypatch.setattr(script, name, noting)
@@ -166,6 +167,7 @@ def check_ppo_statistics(script, tmp_path, monkeypatch, **settings):
     assert counts[: len(expected)] == expected
     assert set(counts[len(expected) :]) == {("Actor", total)}
     seen = np.array([step[0] for _, step in side_by_side(3)])
+    seen = seen.reshape(agents * len(seen), -1)
     np.testing.assert_allclose(network["obs_statistics.mean"], seen.mean(0), rtol=1e-4)
     np.testing.assert_allclose(network["obs_statistics.variance"], seen.var(0), rtol=1e-3)
 

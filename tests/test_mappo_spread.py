@@ -245,7 +245,7 @@ def test_the_actor_is_the_agents_also_after_an_update(norm_obs):
     agent = make_agent(norm_obs=norm_obs)
     obs = 3 * torch.randn(50, 6) + torch.arange(6)
     if norm_obs:
-        agent.obs_statistics.update(obs)
+        agent.obs_statistics.update(obs.reshape(-1, 2))
     actor = script.Actor(agent)
     for _ in range(2):
         logits = agent(obs)[0].detach()
@@ -292,7 +292,7 @@ def test_values_are_in_units_of_the_targets(critic):
 
 def test_observations_are_normalised_before_both_networks():
     agent, plain = make_agent(norm_obs=True), make_agent()
-    agent.obs_statistics.update(torch.tensor([[1.0, 10] * 3, [3.0, 30] * 3]))  # 2 ± 1 and 20 ± 10
+    agent.obs_statistics.update(torch.tensor([[1.0, 10], [3.0, 30]]))  # 2 ± 1 and 20 ± 10
     obs = torch.tensor([[3.0, 40, 2, 20, 1e6, -1e6]])
     expected = plain(torch.tensor([[1.0, 2, 0, 0, 10, -10]]))
     for found, theirs in zip(agent(obs), expected):
@@ -559,7 +559,7 @@ def test_metrics_and_learning_rate_are_logged(tmp_path, monkeypatch, anneal_lr):
 
 
 def test_statistics_change_only_between_updates_and_the_next_rollout(tmp_path, monkeypatch):
-    check_ppo_statistics(script, tmp_path, monkeypatch, **FEW, norm_obs=True)
+    check_ppo_statistics(script, tmp_path, monkeypatch, agents=2, **FEW, norm_obs=True)
 
 
 @pytest.mark.parametrize("critic, truncates, low, high", [
