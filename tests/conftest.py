@@ -44,6 +44,15 @@ def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
+@pytest.fixture(autouse=True)
+def graphs_without_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the process of the tests, --compile makes and differentiates graphs, and runs these.
+
+    C++ takes half a minute; test_commands.py has scripts that are compiled to it.
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 def path_of(script: str) -> Path:
     return ROOT / "cleanrl_style" / f"{script}.py"
 

@@ -43,10 +43,7 @@ BAD = [
     ("--env-kwargs '{\"num_agents\": true}'", "num_agents"),
     ('--env-kwargs \'{"num_agents": "many"}\'', "num_agents"),
 ]
-LEARNS = [
-    ("--total-timesteps 100000", -190),
-    ("--total-timesteps 100000 --critic local", -205),
-]  # random actions: -231
+LEARNS = [("--total-timesteps 100000", -190)]  # random actions: -231
 
 
 def code(module, name):
