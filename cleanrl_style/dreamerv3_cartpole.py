@@ -41,8 +41,9 @@ Differs  A small model of 4 numbers, not of pictures: one hidden layer in each n
 Shapes   N environments; B sequences of a batch, T observations of each; M = T B imagined games of U
          steps; O numbers of an observation; K actions; H units of h; F = H + G C numbers of s.
 Run      python dreamerv3_cartpole.py
-Expect   Return over 100 episodes:
-             CartPole-v1    not yet recorded    30k steps
+Expect   Return over 100 episodes, mean over seeds 1 to 5 (worst to best seed), and median wall
+         time with start-up and evaluation, on one core of an AMD EPYC, the other busy:
+             CartPole-v1    454.6 (353.4 to 500.0)    30k steps    651 s
 """
 
 import contextlib

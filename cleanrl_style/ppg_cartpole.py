@@ -42,9 +42,12 @@ Shapes   T steps of N environments in a rollout, B of them in a minibatch; O num
 Run      python ppg_cartpole.py
          python ppg_cartpole.py --env-id Acrobot-v1 --total-timesteps 150000 --gamma 0.99 \
              --gae-lambda 0.95 --norm-obs
-Expect   Return of the greedy policy over 100 episodes:
-             CartPole-v1     not yet recorded   100k steps
-             Acrobot-v1      not yet recorded   150k steps
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC that
+         had other work, too:
+             CartPole-v1     464.9 (304.8 to 500.0)     100k steps   33 s
+             Acrobot-v1      -83.6 (-86.5 to -81.2)     150k steps   145 s
+         PPO is better and quicker on both.
 """
 
 import contextlib
