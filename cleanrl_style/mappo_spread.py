@@ -44,8 +44,10 @@ Run      python mappo_spread.py
          python mappo_spread.py --critic local    (IPPO)
          python mappo_spread.py --env-id my_module:MyTeam-v0    (observations: a Box with A rows;
              actions: MultiDiscrete([K] * A); one reward for the team)
-Expect   Return of the greedy policies over 100 episodes:
-             Spread-v0     not yet recorded   1M steps
+Expect   Return of the greedy policies over 100 episodes, mean over seeds 1 to 5 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC, the
+         other busy (random actions get -231):
+             Spread-v0    -140.0 (-142.2 to -137.3)    1M steps    168 s
 """
 
 import contextlib
