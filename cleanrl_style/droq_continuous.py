@@ -41,9 +41,9 @@ Run      python droq_continuous.py
          python droq_continuous.py --env-id Hopper-v5 --total-timesteps 100000 \
              --learning-rate 3e-4 --learning-starts 5000 --compile --precision auto
              (needs gymnasium[mujoco])
-Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 and 2 (worst to best
-         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC, the
-         other busy:
+Expect   Return of the deterministic policy over 100 episodes, mean over seeds 1 and 2 (worst to
+         best seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC,
+         the other busy:
              Pendulum-v1     -147.9 (-149.7 to -146.2)   5k steps   18 min
 """
 
