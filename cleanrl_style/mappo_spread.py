@@ -46,7 +46,7 @@ Run      python mappo_spread.py
              actions: MultiDiscrete([K] * A); one reward for the team)
 Expect   Return of the greedy policies over 100 episodes, mean over seeds 1 to 5 (worst to best
          seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC, the
-         other busy (random actions get -231):
+         other busy:
              central    -140.0 (-142.2 to -137.3)    1M steps    168 s
              local      -139.0 (-142.2 to -132.6)    1M steps    592 s, beside other work
          So in this game, a critic that sees the state is no better.

@@ -48,8 +48,8 @@ Expect   10 games after training, mean over seeds 1 and 2 (worst to best seed), 
          bfloat16 on one core of an AMD EPYC that had other work, too. Pong with the second command:
              19.2 (18.7 to 19.8)    106 min; 18 reached after 364k and 225k steps
          The third command, the data-efficient form, in float32, with --compile:
-             -17.6 (-18.6 to -16.5)    56 min; seed 1 only: Boxing -1.1    60 min, Freeway 25.5
-             54 min
+             -17.6 (-18.6 to -16.5)    56 min
+             seed 1 only: Boxing -1.1    60 min; Freeway 25.5    54 min
 """
 
 import contextlib

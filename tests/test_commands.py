@@ -118,15 +118,19 @@ def test_the_gif_moves(reference):
 
 
 def test_another_seed_other_weights(script, bench, reference):
-    """Soon after the first update; constant ones may be the same."""
+    """As they are made: they hardly learn. Constant ones may be the same."""
     args = state(reference.run_dir)["args"]
     few = max(args["total_timesteps"] // 4, args.get("learning_starts", 0) + 1)
     flags = f"{description(script).TINY} --total-timesteps {few} --eval-episodes 1"
+    flags += " --learning-rate 1e-30"
     one, other = (learned(bench.train(f"{flags} --seed {seed}")) for seed in (1, 2))
-    weights = [name for name, tensor in one["network"].items() if tensor.unique().numel() > 1]
-    weights = [name for name in weights if "weight" in name]
-    assert weights and not torch.equal(one["random_state"], other["random_state"])
-    assert not any(torch.equal(one["network"][name], other["network"][name]) for name in weights)
+    weights = [
+        name for name, tensor in one["network"].items()
+        if "weight" in name and tensor.unique().numel() > 1
+    ]  # fmt: skip
+    assert weights and not any(
+        torch.equal(one["network"][name], other["network"][name]) for name in weights
+    )
 
 
 def kill(bench, arguments, reference):

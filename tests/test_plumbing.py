@@ -530,8 +530,13 @@ def test_evaluations_go_on_where_they_were(bench, reference):
     (folder,) = (path.parent for path in (bench.folder / "runs").glob("*/checkpoint.pt"))
     before, whole = (curves(path)["eval/episodic_return"] for path in (folder, reference))
     assert 0 < len(before) < len(whole)
+    unbeaten = shutil.copytree(folder, bench.folder / "unbeaten") / "best.pt"
+    best = MODULE.read_checkpoint(unbeaten) | {"return": 1e9}
+    MODULE.write_checkpoint(unbeaten, best.pop("args"), best)
     time.sleep(1)  # TensorBoard orders the files of a run by the second of their beginning
     bench.train(f"--resume {folder}")
+    bench.train("--resume unbeaten")
+    assert MODULE.read_checkpoint(unbeaten)["return"] == 1e9
     for tag in ("eval/episodic_return", "eval/episodic_length"):
         assert sorted(set(curves(folder)[tag])) == curves(reference)[tag]
     ours, theirs = (
