@@ -10,7 +10,8 @@ r"""Proximal policy optimisation (PPO) for flat observations and continuous acti
 Paper    Schulman et al. (2017), "Proximal policy optimization algorithms", equations 7 and 9.
          Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
          estimation", equation 16. What goes beyond them is described in Huang et al. (2022), "The
-         37 implementation details of proximal policy optimization".
+         37 implementation details of proximal policy optimization". Rahman, Xue (2022), "Robust
+         policy optimization in deep reinforcement learning", for --rpo-alpha.
 Idea     Play T steps in N environments with the policy pi(a|s), the probability of action a in
          state s. Estimate the advantage A of each action: how much better it turned out than
          V(s), the predicted discounted return from s on. Make actions of positive advantage more
@@ -28,7 +29,9 @@ Idea     Play T steps in N environments with the policy pi(a|s), the probability
 Differs  At a time limit, V(s_{t+1}) stands for the rewards that would have followed (it
          bootstraps); at a true end, it counts as 0. Advantages are normalised in each
          minibatch, gradients are clipped, and the learning rate falls linearly to 0. Observations
-         are normalised, and rewards divided by the running standard deviation of returns.
+         are normalised, and rewards divided by the running standard deviation of returns. With
+         --rpo-alpha 0.5, gradient steps see the means of pi with uniform noise (RPO): so pi, which
+         acts without it, stays unsure for longer.
 Shapes   T steps of N environments in a rollout, B of them in a minibatch; O numbers of an
          observation; K numbers of an action. Row t is the step from t to t+1.
 Run      python ppo_continuous.py
@@ -108,6 +111,7 @@ class Args:
     ent_coef: Weight = 0.01  # weight of the entropy in the loss
     vf_coef: Weight = 0.5  # weight of the value loss in the loss
     max_grad_norm: Weight = 0.5  # largest norm of the gradient; 0: not clipped
+    rpo_alpha: Weight = 0.0  # largest shift of means in gradient steps (RPO); 1: half the range
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of returns
 
@@ -267,6 +271,11 @@ def gae(
     return advantages
 
 
+def shift(means: Tensor, alpha: float) -> Tensor:
+    """Means of pi with noise, uniform from -alpha to alpha (RPO): (B, K) -> (B, K)."""
+    return means + torch.empty_like(means).uniform_(-alpha, alpha)
+
+
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """-mean of min(ratio * A, clip(ratio) * A) (2017, equation 7): (B,), (B,) -> scalar.
 
@@ -310,6 +319,8 @@ def make_batch(
 def compute_gradient(agent: nn.Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The gradient of the loss on B steps, for a normal distribution -> metrics."""
     means, values = agent(batch.obs)
+    if args.rpo_alpha > 0:
+        means = shift(means, args.rpo_alpha)
     log_probs, entropy = log_prob_and_entropy(means, agent.log_std, batch.actions)
     log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()

@@ -207,6 +207,32 @@ def test_update_goes_down_the_gradient_of_the_papers_loss():
     assert not expected
 
 
+def test_rpo_shifts_means_in_gradient_steps_only():
+    """By uniform noise of its own for each number; pi_old and actions have none."""
+    torch.manual_seed(1)
+    means = torch.zeros(20_000, 2, requires_grad=True)
+    shifted = script.shift(means, 0.5)
+    assert torch.equal(torch.autograd.grad(shifted.sum(), means)[0], torch.ones_like(means))
+    for column in shifted.detach().T:
+        quantiles = column.quantile(torch.linspace(0, 1, 11))
+        torch.testing.assert_close(quantiles, torch.linspace(-0.5, 0.5, 11), atol=0.02, rtol=0)
+    assert torch.corrcoef(shifted.detach().T)[0, 1].abs() < 0.03
+
+    agent, args = make_agent(), script.Args(rpo_alpha=0.5, norm_adv=False, max_grad_norm=0)
+    obs, ends = torch.randn(4, 5, 3), torch.zeros(2, 4, 5, dtype=torch.bool)
+    actions, rewards = torch.randn(4, 5, 2), torch.randn(4, 5)
+    batch = script.make_batch(agent, obs, actions, rewards, obs, *ends, args)
+    plain = script.make_batch(agent, obs, actions, rewards, obs, *ends, script.Args())
+    assert torch.equal(batch.log_probs, plain.log_probs)
+    torch.manual_seed(2)
+    metrics = script.compute_gradient(agent, batch, args)
+    torch.manual_seed(2)
+    policy = Normal(script.shift(agent(batch.obs)[0], 0.5), agent.log_std.exp())
+    ratio = (policy.log_prob(batch.actions).sum(1) - batch.log_probs).exp()
+    gains = torch.min(ratio * batch.advantages, ratio.clamp(0.8, 1.2) * batch.advantages)
+    torch.testing.assert_close(metrics["losses/policy_loss"], -gains.mean().detach())
+
+
 FEW = dict(
     env_id="ContinuousDiary-v0", total_timesteps=300, num_envs=3, num_steps=20, num_minibatches=2,
     update_epochs=2, eval_episodes=7, learning_rate=1e-2, norm_adv=False,
@@ -295,5 +321,5 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
         "seed": 2, "total_timesteps": 190, "num_envs": 4, "learning_rate": 5e-3, "anneal_lr": False,
         "num_steps": 25, "gamma": 0.3, "gae_lambda": 0.2, "num_minibatches": 3, "update_epochs": 3,
         "norm_adv": True, "clip_coef": 0.01, "ent_coef": 0.1, "vf_coef": 0.1, "max_grad_norm": 0.01,
-        "norm_obs": False, "norm_reward": False,
+        "rpo_alpha": 0.5, "norm_obs": False, "norm_reward": False,
     })  # fmt: skip
