@@ -8,7 +8,6 @@ negative if a signal ended it.
 
 import ast
 import contextlib
-import functools
 import importlib
 import json
 import os
@@ -47,8 +46,6 @@ def become(
     np.random.seed()
     torch.seed()  # a new process always has the same one: a script that forgets to seed is found
     sys.argv, sys.path[0] = arguments, folder
-    if "COMPILE_WITH" in environment:
-        torch.compile = functools.partial(torch.compile, backend=environment["COMPILE_WITH"])
 
 
 def run(script: str) -> int:
