@@ -104,7 +104,7 @@ class Args:
 
     dataset: str = "random"  # random: play at random first; or the folder of a run, or an .npz file
     dataset_size: Size = 40_000  # steps of random play, at least
-    learning_rate: Positive = 1e-3  # step size of the optimizer
+    learning_rate: Positive = 2e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
     num_sequences: Count = 64  # sequences in a minibatch (B)
     sequence_length: SmallCount = 5  # steps of a sequence that are learned from (T)
