@@ -39,7 +39,9 @@ BAD = [
     ("--env-kwargs '{\"arcs\": 20}'", "--env-kwargs"),
 ]
 PLAYS = False  # while it trains: its data are recorded
-LEARNS = [("--total-timesteps 600", -8)]  # the shortest way has 7 steps
+LEARNS = [
+    ("--total-timesteps 500 --dataset-size 20000 --eval-episodes 10", -8),  # shortest: 7 steps
+]
 
 
 @pytest.mark.parametrize("name", ["make_env", "Envs"])
@@ -470,7 +472,7 @@ def rewards_of(agent, batch):
 @pytest.mark.parametrize("target", [None, 0.0])
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("length", [1, 3])
-def test_one_step_at_a_time_is_the_whole_sequence_at_once(monkeypatch, target, told, length):
+def test_one_step_at_a_time_is_the_whole_sequence_at_once(target, told, length):
     """In three environments, whose episodes begin at other times, for longer than T steps."""
     agent, rng = make_agent().float(), np.random.default_rng(0)
     agent.best_return.fill_(4.5)
@@ -864,13 +866,17 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path, monkeypatc
     asked = recorded(monkeypatch, script, "next_step")
 
     def outcome(**settings):
-        state, _ = train(script, tmp_path, **FEW | {"total_timesteps": 20} | settings)
+        state, _ = train(
+            script,
+            tmp_path,
+            **FEW | {"total_timesteps": 6, "dataset_size": 120, "eval_episodes": 1} | settings,
+        )
         weights = [weights.tolist() for weights in state["network"].values()]
         return weights, float(asked[-1][0][4])
 
     check_settings(script, outcome, {
-        "seed": 2, "total_timesteps": 24, "num_envs": 4, "dataset": str(tmp_path / "data.npz"),
-        "dataset_size": 300, "learning_rate": 5e-4, "anneal_lr": False, "num_sequences": 4,
+        "seed": 2, "total_timesteps": 8, "num_envs": 4, "dataset": str(tmp_path / "data.npz"),
+        "dataset_size": 250, "learning_rate": 5e-4, "anneal_lr": False, "num_sequences": 4,
         "sequence_length": 2, "num_layers": 2, "max_grad_norm": 0.01, "condition": False,
         "target_return": 1e4,
     })  # fmt: skip
