@@ -32,7 +32,7 @@ TAGS = {
     "losses/value_loss",
     "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches
     "losses/consistency_loss",  # mean squared error of the latent states that a model foresees
-    "losses/reward_loss",  # cross-entropy of the rewards that a model predicts
+    "losses/reward_loss",  # cross-entropy of the rewards that a model predicts; DT: squared error
     "losses/obs_loss",  # squared error of the observations that a model tells, summed over them
     "losses/continue_loss",  # cross-entropy of whether the episode goes on, as a model tells
     "losses/latent_kl",  # of a model's prior from its posterior, in nats, at least the free ones
@@ -118,7 +118,7 @@ def imports(sources):
 # Where nothing is played, a step is another one.
 OFFLINE = {
     (name, "total_timesteps"): "environment steps to train for, at least"
-    for name in ("iql_continuous", "td3bc_continuous")
+    for name in ("dt_graph", "iql_continuous", "td3bc_continuous")
 }
 
 
