@@ -118,7 +118,7 @@ def imports(sources):
 # Where nothing is played, a step is another one.
 OFFLINE = {
     (name, "total_timesteps"): "environment steps to train for, at least"
-    for name in ("dt_graph", "iql_continuous", "td3bc_continuous")
+    for name in ("dt_graph", "iql_continuous", "rebrac_continuous", "td3bc_continuous")
 }
 
 
