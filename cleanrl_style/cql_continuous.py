@@ -8,11 +8,12 @@
 r"""Conservative Q-learning (CQL) from recorded steps, for flat observations and continuous actions.
 
 Paper    Kumar, Zhou, Tucker, Levine (2020), "Conservative Q-learning for offline reinforcement
-         learning", CQL(H): equation 4, Algorithm 1, appendix F; with the authors' code.
+         learning", CQL(H): equation 4, Algorithm 1, appendix F; with the authors' code. From SAC:
+         Haarnoja et al. (2018), "Soft actor-critic algorithms and applications", equations 9, 18.
 Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recorded them, without
          acting (offline). SAC (sac_continuous.py) can fail here: its policy goes up the slope of
          Q(s, a), to actions that nobody tried and whose values are too high by mistake, and no
-         trial corrects them. So the critics are conservative: a term raises Q at recorded actions,
+         trial corrects them. So a term in the loss of the critics raises Q at recorded actions a,
          and lowers it at all actions c, the most where Q is high.
 
              gap_k   = log of the integral of exp(Q_k(s, c)) over all c, less Q_k(s, a)
@@ -27,13 +28,13 @@ Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recor
          under the policy in proportion to exp(Q): the term is behaviour cloning, by Q itself. With
          random play, it makes all actions look alike, and is not needed: such data try all of them,
          so that SAC learns from them, too (--cql-weight 0). It is for data of trained policies.
-Differs  w, the paper's alpha, is 1 (authors: 5 or 10 of the whole square, thus 2.5 or 5 here, or as
-         with --target-gap). Their integral lacks a constant, log 3A, which only --target-gap feels.
-         As in their code, y has no entropy, and c may come from pi(.|s'). Their first steps clone
-         the recorded actions; ours do not. To be quick, A is 4, not 10, and networks have 2 layers
-         of 128, not 3 of 256. All gradients are taken at the same weights and make one step of
-         Adam, of 1e-3, as 10k steps are few. Steps in the log and in --total-timesteps are gradient
-         steps. At a time limit, y bootstraps: terminals is False there. Networks and densities see
+Differs  w, the paper's alpha, is 1 (authors: 5 or 10 of the whole square, so 2.5 or 5 here; or as
+         with --target-gap). Their estimate lacks the constant log 3A: a target of theirs is less by
+         it here. As in their code, y has no entropy, and c may come from pi(.|s'). Their first
+         steps clone the recorded actions; ours do not. To be quick, A is 4, not 10, and networks
+         have 2 layers of 128, not 3 of 256. All gradients are taken at the same weights and make
+         one step of Adam, of 1e-3, as 10k steps are few. Steps in the log and in --total-timesteps
+         are gradient steps. At a time limit, y bootstraps: terminals is False there. Networks see
          actions in (-1, 1), which are scaled to their bounds for the environment only.
 Shapes   N environments; D recorded transitions, B of them in a batch; O numbers of an observation;
          K of an action; M = 3 A actions c.
@@ -272,11 +273,10 @@ def sample_actions(means: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tenso
 def draw_actions(
     policies: list[tuple[Tensor, Tensor]], noise: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Actions c at which the integral looks, and log densities of each, in nats (appendix F).
+    """M actions c in each state, and the logarithms of their densities, in nats (appendix F).
 
-    The first A of M come uniform, in (-1, 1); then come A of each policy, given by means and log
-    standard deviations, with standard normal noise: (B, K) each, (M - A, B, K), (A, B, K) ->
-    (M, B, K), (M, B).
+    The first A are uniform, in (-1, 1). Then come A of each policy, from its means and log standard
+    deviations (B, K) and standard normal noise: (M - A, B, K), (A, B, K) -> (M, B, K), (M, B).
     """
     count, _, size = uniform.shape
     actions, log_densities = [uniform], [torch.full_like(uniform[..., 0], -size * math.log(2))]
@@ -293,8 +293,8 @@ def log_integral(q_values: Tensor, log_densities: Tensor) -> Tensor:
     """log of the integral of exp(Q_k(s, c)) over the actions c (appendix F): (2, M, B), (M, B) ->
     (2, B).
 
-    As c is drawn, the mean of exp(Q) / density is the integral, whatever the density. So is the
-    mean over all three kinds of c; each helps where it has more of the large values.
+    It is the mean of exp(Q) / density, whatever the density with which c is drawn. Uniform actions
+    see the whole range, those of a policy more of the actions where Q is large.
     """
     return (q_values - log_densities).logsumexp(1) - math.log(len(log_densities))
 
@@ -317,13 +317,13 @@ def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float
     return -(log_alpha.exp() * (log_probs + target_entropy)).mean()
 
 
-def factor_loss(log_factor: Tensor, gap: Tensor, target_gap: float) -> Tensor:
-    """Mean of -factor * (gap - target_gap), whose descent is the Lagrange form's ascent in w
-    (appendix F): scalar, scalar, number -> scalar.
+def weight_loss(weight: Tensor, gap: Tensor, target_gap: float) -> Tensor:
+    """J_w, -w * (gap - target_gap), of the Lagrange form (appendix F): scalar, scalar, number ->
+    scalar.
 
-    Where the gap is more than the target, the factor of w grows.
+    Where the gap is more than the target, w grows.
     """
-    return -log_factor.exp() * (gap - target_gap)
+    return -weight * (gap - target_gap)
 
 
 @torch.no_grad()
@@ -353,36 +353,37 @@ def compute_gradient(
     (A, B, K): for c.
     """
     log_alpha, policy = agent.log_alpha, agent(batch.obs)
+    cql_weight = args.cql_weight * agent.log_factor.exp()
     with torch.no_grad():  # the target is a constant, and so are the actions c
         alpha = log_alpha.exp() if args.autotune else torch.full_like(log_alpha, args.alpha)
-        weight = args.cql_weight * agent.log_factor.exp()
         next_policy = agent(batch.next_obs)
         next_actions, _ = sample_actions(*next_policy, noise[0])
         next_q = target_critics(batch.next_obs, next_actions)
         target = td_target(batch.rewards, batch.terminated, next_q, args.gamma)
         drawn, log_densities = draw_actions([policy, next_policy], noise[2:], uniform)
     q_values = agent.critics(batch.obs, batch.actions)
-    td_loss = (q_values - target).square().mean()  # over both critics: J_Q's squares, with halves
+    td_loss = (q_values - target).square().mean()  # over both critics: with the halves of J_Q
     q_drawn = agent.critics(batch.obs.repeat(len(drawn), 1), drawn.flatten(0, 1))
     q_drawn = q_drawn.unflatten(1, log_densities.shape)
     gaps = (log_integral(q_drawn, log_densities) - q_values).mean(1)  # of each critic
+    critic_loss = td_loss + cql_weight.detach() * gaps.sum()
 
     actions, log_probs = sample_actions(*policy, noise[1])
     constants = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
     q_of_policy = functional_call(agent.critics, constants, (batch.obs, actions))
     actor_loss = policy_loss(q_of_policy, log_probs, alpha)
 
-    loss = td_loss + weight * gaps.sum() + actor_loss  # no weight gets a gradient from two of them
+    loss = critic_loss + actor_loss  # no weight gets a gradient from two of them
     if args.autotune:
         loss = loss + temperature_loss(log_alpha, log_probs.detach(), -actions.shape[1])
     if args.target_gap > 0:
-        loss = loss + factor_loss(agent.log_factor, gaps.detach().mean(), args.target_gap)
+        loss = loss + weight_loss(cql_weight, gaps.detach().mean(), args.target_gap)
     loss.backward()
     return {
         "losses/td_loss": td_loss.detach(),
         "losses/q_values": q_values.detach().mean(),
         "losses/cql_gap": gaps.detach().mean(),
-        "losses/cql_weight": weight,
+        "losses/cql_weight": cql_weight.detach(),
         "losses/policy_loss": actor_loss.detach(),
         "losses/entropy": -log_probs.detach().mean(),
         "losses/alpha": alpha,
