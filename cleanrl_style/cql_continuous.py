@@ -26,8 +26,9 @@ Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recor
          b is drawn from pi(.|s), a' from pi(.|s'). The integral is the mean of exp(Q) / density
          over A uniform actions c, A from pi(.|s) and A from pi(.|s'). -gap is the log density of a
          under the policy in proportion to exp(Q): the term is behaviour cloning, by Q itself. With
-         random play, it makes all actions look alike, and is not needed: such data try all of them,
-         so that SAC learns from them, too (--cql-weight 0). It is for data of trained policies.
+         random play, it makes all actions look alike (then, gap_k = K log 2), and is not needed:
+         such data try all of them, so that SAC learns from them, too (--cql-weight 0). It is for
+         data that leave actions out.
 Differs  w, the paper's alpha, is 1 (authors: 5 or 10 of the whole square, so 2.5 or 5 here; or as
          with --target-gap). Their estimate lacks the constant log 3A: a target of theirs is less by
          it here. As in their code, y has no entropy, and c may come from pi(.|s'). Their first
