@@ -28,6 +28,8 @@ TAGS = {
     "charts/epsilon",  # probability of a random action
     "losses/td_loss",  # of the last gradient step's batch; PQN: mean over the minibatches
     "losses/q_values",  # mean of Q(s, a), over the same
+    "losses/cql_gap",  # log of the integral of exp(Q(s, c)) over all actions c, less Q(s, a)
+    "losses/cql_weight",  # of this gap in the loss of the critics
     "losses/policy_loss",
     "losses/value_loss",
     "losses/approx_kl",  # of the old policy from the new one, in nats, mean over the minibatches
@@ -118,7 +120,9 @@ def imports(sources):
 # Where nothing is played, a step is another one.
 OFFLINE = {
     (name, "total_timesteps"): "environment steps to train for, at least"
-    for name in ("dt_graph", "iql_continuous", "rebrac_continuous", "td3bc_continuous")
+    for name in (
+        "cql_continuous", "dt_graph", "iql_continuous", "rebrac_continuous", "td3bc_continuous"
+    )
 }
 
 
