@@ -121,8 +121,8 @@ def imports(sources):
 OFFLINE = {
     (name, "total_timesteps"): "environment steps to train for, at least"
     for name in (
-        "cql_continuous", "dt_graph", "iql_continuous", "rebrac_continuous", "td3bc_continuous"
-    )
+        "cql_continuous", "dt_graph", "iql_continuous", "rebrac_continuous", "td3bc_continuous",
+    )  # fmt: skip
 }
 
 

@@ -295,6 +295,7 @@ def test_the_buffer_of_another_run(tmp_path, other, size):
     """Also of one that is full, in which the newest steps are in the place of the oldest."""
     settings = {"total_timesteps": 1200, "num_envs": 3, "learning_starts": 50, "batch_size": 16}
     settings |= {"env_id": "ContinuousDiary-v0", "hidden_size": 16, "eval_episodes": 3}
+    settings |= {"train_frequency": 10} if other is sac_continuous else {}
     folder = other.train(other.Args(**settings, buffer_size=size, runs_dir=str(tmp_path))).folder
     Diary.made.clear()
     state, _ = train(other, tmp_path, **settings, buffer_size=size)

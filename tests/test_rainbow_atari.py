@@ -851,6 +851,7 @@ ALL = {
     "distributional": False, "noisy": False, "noise_scale": 0.1, "network": "dqn",
     "max_grad_norm": 0.01, "norm_obs": True, "precision": "bfloat16",
 }  # fmt: skip
+SHORT = {"total_timesteps": 200, "train_frequency": 20}
 EPSILON = {"start_e": 0.5, "end_e": 0.5, "exploration_fraction": 1.0}
 EVALUATION = {"sticky_actions": 0.0, "eval_epsilon": 0.5}
 
@@ -859,7 +860,7 @@ EVALUATION = {"sticky_actions": 0.0, "eval_epsilon": 0.5}
 def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     """Each of the six by itself among them. But for those of DQN alone."""
     check_settings(
-        script, lambda **changes: train(tmp_path, **{"total_timesteps": 200} | changes), ALL,
+        script, lambda **changes: train(tmp_path, **SHORT | changes), ALL,
         others=EPSILON | EVALUATION | {"loss": "squared"},
     )  # fmt: skip
 
