@@ -11,32 +11,32 @@ Paper    Kumar, Zhou, Tucker, Levine (2020), "Conservative Q-learning for offlin
          learning", CQL(H): equation 4, Algorithm 1, appendix F; with the authors' code. From SAC:
          Haarnoja et al. (2018), "Soft actor-critic algorithms and applications", equations 9, 18.
 Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recorded them, without
-         acting (offline). SAC (sac_continuous.py) can fail here: its policy goes up the slope of
-         Q(s, a), to actions that nobody tried and whose values are too high by mistake, and no
-         trial corrects them. So a term in the loss of the critics raises Q at recorded actions a,
-         and lowers it at all actions c, the most where Q is high.
+         acting (offline). SAC (sac_continuous.py) can fail here: its policy finds actions that
+         nobody tried and whose values are too high by mistake, and no trial corrects them. So CQL
+         adds a term to the loss of the critics. It raises Q at the recorded actions a and lowers it
+         at all actions c, most where Q is highest.
 
-             gap_k   = log of the integral of exp(Q_k(s, c)) over all c, less Q_k(s, a)
+             gap_k   = log of the integral of exp(Q_k(s, c)) over all c, minus Q_k(s, a)
              J_Q     = sum over k of the mean of (Q_k(s, a) - y)^2 / 2 + w * gap_k
                        y = r + gamma * min_k Q_target,k(s', a'), or r alone, if it terminated
              J_pi    = mean of alpha * log pi(b|s) - min_k Q_k(s, b)
-             J_alpha = mean of -alpha * (log pi(b|s) + H)      H, an entropy, is to be kept
+             J_alpha = mean of -alpha * (log pi(b|s) + H)      H = -K, the entropy to be kept
              J_w     = mean of -w * (gap_k - target)           with --target-gap only
 
-         b is drawn from pi(.|s), a' from pi(.|s'). The integral is the mean of exp(Q) / density
-         over A uniform actions c, A from pi(.|s) and A from pi(.|s'). -gap is the log density of a
-         under the policy in proportion to exp(Q): the term is behaviour cloning, by Q itself. With
-         random play, it makes all actions look alike (then, gap_k = K log 2), and is not needed:
-         such data try all of them, so that SAC learns from them, too (--cql-weight 0). It is for
-         data that leave actions out.
-Differs  w, the paper's alpha, is 1 (authors: 5 or 10 of the whole square, so 2.5 or 5 here; or as
-         with --target-gap). Their estimate lacks the constant log 3A: a target of theirs is less by
-         it here. As in their code, y has no entropy, and c may come from pi(.|s'). Their first
-         steps clone the recorded actions; ours do not. To be quick, A is 4, not 10, and networks
-         have 2 layers of 128, not 3 of 256. All gradients are taken at the same weights and make
-         one step of Adam, of 1e-3, as 10k steps are few. Steps in the log and in --total-timesteps
-         are gradient steps. At a time limit, y bootstraps: terminals is False there. Networks see
-         actions in (-1, 1), which are scaled to their bounds for the environment only.
+         b is drawn from pi(.|s), a' from pi(.|s'). The integral is estimated by the mean of
+         exp(Q) / density over 3 A actions c: A uniform, A from pi(.|s), A from pi(.|s'). exp(-gap)
+         is the density of a under the policy exp(Q) / integral: the term is behaviour cloning, by Q
+         itself. With random play it makes all actions look alike (a flat Q has the gap K log 2),
+         and is not needed: such data try every action, and SAC learns from them, too
+         (--cql-weight 0). It is meant for data that lack some actions.
+Differs  w, the paper's alpha, is 1. The authors have 5 or 10, with the square not halved: 2.5 or 5
+         here. Or they learn it (--target-gap); their gap is larger by log 30, as they sum over 30
+         actions c where we take the mean. As in their code, y has no entropy, and c may come from
+         pi(.|s'). We do not clone the recorded actions first. To be quick, A is 4, not 10, and
+         networks have 2 layers of 128, not 3 of 256. One Adam takes all steps, with a rate of 1e-3,
+         as 10k steps are few. Steps in the log and in --total-timesteps are gradient steps. At a
+         time limit, y bootstraps: terminals is False there. Networks see actions in (-1, 1), which
+         are scaled to their bounds for the environment only.
 Shapes   N environments; D recorded transitions, B of them in a batch; O numbers of an observation;
          K of an action; M = 3 A actions c.
 Run      python cql_continuous.py
@@ -116,7 +116,7 @@ class Args:
     autotune: bool = True  # learn the temperature, from 1 on, so that the entropy is H
     alpha: Weight = 0.2  # temperature (weight of the entropy) with --no-autotune
     cql_weight: Weight = 1.0  # weight of the conservative term (w); 0: SAC from recorded steps
-    target_gap: Weight = 0.0  # adapt w so that the gap is this, in nats; 0: w stays
+    target_gap: float | None = None  # learn w so that the gap is this, in nats; None: w stays
     num_actions: SmallCount = 4  # actions drawn in each of three ways for the integral (A)
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
@@ -134,6 +134,10 @@ class Args:
 
     def __post_init__(self) -> None:
         check(self)
+        if not math.isfinite(self.target_gap or 0):
+            raise ValueError(f"--target-gap must be finite or None, not {self.target_gap}")
+        if self.target_gap is not None and self.cql_weight == 0:
+            raise ValueError("--target-gap needs a --cql-weight above 0, to begin with")
 
 
 # ---- Environment and network ---------------------------------------------------------------------
@@ -188,7 +192,8 @@ class Critics(nn.Module):
 
 
 class Agent(nn.Module):
-    """pi(a|s), its two critics, its temperature and a factor of the weight w, both as logarithms.
+    """pi(a|s), its two critics, its temperature and a learned factor of the weight w, the last two
+    as logarithms.
 
     pi is a diagonal Gaussian, whose means and standard deviations depend on s, squashed by tanh.
     Actions in (-1, 1) are scaled to low and high (K,).
@@ -294,8 +299,9 @@ def log_integral(q_values: Tensor, log_densities: Tensor) -> Tensor:
     """log of the integral of exp(Q_k(s, c)) over the actions c (appendix F): (2, M, B), (M, B) ->
     (2, B).
 
-    It is the mean of exp(Q) / density, whatever the density with which c is drawn. Uniform actions
-    see the whole range, those of a policy more of the actions where Q is large.
+    It is estimated by the mean of exp(Q) / density. Uniform actions see the whole range, those of a
+    policy more of the actions where Q is large. With few actions of a narrow policy, it is often
+    too low: those that would make up for it, far from its mean, are hardly ever drawn.
     """
     return (q_values - log_densities).logsumexp(1) - math.log(len(log_densities))
 
@@ -353,23 +359,24 @@ def compute_gradient(
     noise is standard normal, (2 + 2 A, B, K): for the actions a', b and c. uniform is in (-1, 1),
     (A, B, K): for c.
     """
+    noise_of_next, noise_of_policy, noise_of_drawn = noise[0], noise[1], noise[2:]
     log_alpha, policy = agent.log_alpha, agent(batch.obs)
-    cql_weight = args.cql_weight * agent.log_factor.exp()
+    cql_weight = args.cql_weight * agent.log_factor.exp().clamp(max=1e6)  # if out of reach
     with torch.no_grad():  # the target is a constant, and so are the actions c
         alpha = log_alpha.exp() if args.autotune else torch.full_like(log_alpha, args.alpha)
         next_policy = agent(batch.next_obs)
-        next_actions, _ = sample_actions(*next_policy, noise[0])
+        next_actions, _ = sample_actions(*next_policy, noise_of_next)
         next_q = target_critics(batch.next_obs, next_actions)
         target = td_target(batch.rewards, batch.terminated, next_q, args.gamma)
-        drawn, log_densities = draw_actions([policy, next_policy], noise[2:], uniform)
+        drawn, log_densities = draw_actions([policy, next_policy], noise_of_drawn, uniform)
     q_values = agent.critics(batch.obs, batch.actions)
-    td_loss = (q_values - target).square().mean()  # over both critics: with the halves of J_Q
+    td_loss = (q_values - target).square().mean()  # over both critics: the sum of halves in J_Q
     q_drawn = agent.critics(batch.obs.repeat(len(drawn), 1), drawn.flatten(0, 1))
     q_drawn = q_drawn.unflatten(1, log_densities.shape)
     gaps = (log_integral(q_drawn, log_densities) - q_values).mean(1)  # of each critic
     critic_loss = td_loss + cql_weight.detach() * gaps.sum()
 
-    actions, log_probs = sample_actions(*policy, noise[1])
+    actions, log_probs = sample_actions(*policy, noise_of_policy)
     constants = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
     q_of_policy = functional_call(agent.critics, constants, (batch.obs, actions))
     actor_loss = policy_loss(q_of_policy, log_probs, alpha)
@@ -377,7 +384,7 @@ def compute_gradient(
     loss = critic_loss + actor_loss  # no weight gets a gradient from two of them
     if args.autotune:
         loss = loss + temperature_loss(log_alpha, log_probs.detach(), -actions.shape[1])
-    if args.target_gap > 0:
+    if args.target_gap is not None:
         loss = loss + weight_loss(cql_weight, gaps.detach().mean(), args.target_gap)
     loss.backward()
     return {

@@ -9,36 +9,38 @@
 
 Paper    Chen et al. (2021), "Decision Transformer: reinforcement learning via sequence modeling",
          section 3 and Algorithm 1, with the authors' code (gym); a graph as in figure 2.
-Idea     Learn a policy from a fixed data set of whole episodes, whoever played them, as one learns
-         to continue a text. The return-to-go R_t is what a step and those after it are paid. A
-         transformer reads the last T steps, three tokens each, and learns which action followed:
+Idea     Learn a policy from a fixed data set of whole episodes, whoever played them, as a language
+         model learns to continue a text. The return-to-go R_t is the sum of the rewards from step t
+         to the end. A transformer reads the last T steps, three tokens each, and learns which
+         action was taken:
 
              R_t    = r_t + R_{t+1}       or r_t alone, in the last step of an episode
-             text   = R_1, s_1, a_1, R_2, s_2, a_2, ...            each attends to those before it
+             text   = R_1, s_1, a_1, R_2, s_2, a_2, ...     each token sees itself and those before
              token  = LayerNorm(embedding of R_t, s_t or a_t + embedding of t)
-             loss   = mean of -log pi(a_t | ... R_t, s_t)          at the token of s_t
+             loss   = mean of -log pi(a_t | ... R_t, s_t)            at the token of s_t
+                      + mean of (prediction of r_t - r_t)^2          at the token of a_t
 
-         Then ask for a return: it is R_1, and R_{t+1} = R_t - r_t. The most probable action is that
-         of episodes which went on to be paid R_t. No value is learned, and nothing bootstraps.
-         Here, a random walk in a graph pays -1 a step until it comes to the goal. One in 43 takes a
-         shortest way, of 7 steps. Asked for the best return in the data, DT walks 7 steps; asked
-         for -12, about 12. Without R (--no-condition), it is behaviour cloning.
-Differs  R is normalised by mean and deviation over the data, as observations are; the paper divides
-         it by a number for each environment, such as 1000. A sequence ends at a random step; there,
-         it begins at one. Smaller; Adam's learning rate is larger and falls to 0, in place of
-         warm-up, weight decay and dropout. On its graph, the paper also samples R, and prefers high
-         ones. At the token of a_t, the reward is foreseen, and the mean squared error added to the
-         loss: load_policy's policy is told no rewards. Evaluation subtracts the true ones. That
-         policy remembers its calls: load it anew for each episode. A run's buffer does not tell
-         where time limits ended episodes: that is where a step does not lead to the next. Steps in
-         the log and in --total-timesteps are gradient steps.
+         To act, set R_1 to the return that you want, then R_{t+1} = R_t - r_t. The most probable
+         action is the one taken most often where the rest of the episode was paid R_t. No value is
+         learned, and nothing bootstraps. Without R (--no-condition), it is behaviour cloning.
+         Here, each step in a graph costs 1, until the goal or for 20 steps. Of random walks, two in
+         three never arrive, and one in 43 takes a shortest way, of 7 steps.
+Differs  R and r are normalised by mean and deviation over the data, as observations are; the paper
+         divides R by a number for each environment, such as 1000. A sequence is drawn by its last
+         step, not its first. The network is smaller, without warm-up, weight decay and dropout; the
+         learning rate is larger, and falls to 0. On its graph, the paper also samples R, and
+         prefers high ones. Rewards are predicted for the policy of load_policy, which is not told
+         them; evaluation subtracts the true ones. That policy remembers its calls: load it anew for
+         each episode. A run's buffer does not record time limits: where a step does not lead to the
+         next row, an episode has ended. Steps in the log and in --total-timesteps are gradient
+         steps.
 Shapes   N environments; D recorded steps; B sequences of T steps in a batch, S = 3 * T tokens; O
          numbers of an observation, W of a token; K actions; L layers.
 Run      python dt_graph.py
          python dt_graph.py --evaluate runs/NAME --target-return -12
          python dt_graph.py --env-id CartPole-v1 --dataset runs/NAME    (a run of dqn_cartpole.py)
-         python dt_graph.py --env-id CartPole-v1 --dataset recorded.npz    (arrays of D rows, in
-             order: observations, actions, rewards, terminals, timeouts)
+         python dt_graph.py --env-id CartPole-v1 --dataset recorded.npz    (arrays of D rows, as
+             played, from a start: observations, actions, rewards, terminals, timeouts)
 Expect   Return of the greedy policy over 100 episodes:
              Graph-v0    not yet recorded   2k gradient steps
 """
@@ -135,8 +137,8 @@ class Args:
 
 
 class Graph(gym.Env):
-    """A fixed directed graph, in which `arcs` arcs lead from each node to random other ones. Action
-    k takes the k-th, and costs 1. From start to goal: the two nodes that are furthest apart.
+    """A fixed directed graph, with `arcs` arcs from each node to random others. Action k follows the
+    k-th, and costs 1. Start and goal are the two nodes that are furthest apart.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
@@ -152,12 +154,12 @@ class Graph(gym.Env):
         self.distances = np.full((nodes, nodes), np.inf)  # in steps, from the node of each row
         np.put_along_axis(self.distances, self.next, 1, 1)
         np.fill_diagonal(self.distances, 0)
-        for node in range(nodes):  # which may be on the way (Floyd and Warshall)
+        for node in range(nodes):  # which may be on the way, too (Floyd and Warshall)
             via = self.distances[:, [node]] + self.distances[node]
             self.distances = np.minimum(self.distances, via)
         reached = np.where(np.isinf(self.distances), -1, self.distances)
         self.start, self.goal = divmod(int(reached.argmax()), nodes)
-        self.observation_space = gym.spaces.Box(0, 1, (nodes,), np.float32)  # one is 1
+        self.observation_space = gym.spaces.Box(0, 1, (nodes,), np.float32)  # one-hot
         self.action_space = gym.spaces.Discrete(arcs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
@@ -173,7 +175,7 @@ class Graph(gym.Env):
         return self.observe(), -1.0, self.node == self.goal, False, {}
 
     def render(self) -> np.ndarray:
-        """The nodes, and dots along the arcs from where one is (blue). The goal is green."""
+        """The nodes, and dots along the arcs from the current one (blue). The goal is green."""
         line, count = np.linspace(-1.2, 1.2, 160), len(self.next)
         pixels, picture = line - 1j * line[:, None], np.full((160, 160, 3), 255, np.uint8)
         places = np.exp(2j * np.pi * np.arange(count) / count)
@@ -202,7 +204,7 @@ def visible(real: Tensor) -> Tensor:
     """Which of the S = 3 * T tokens each one sees: itself and those before it, but no padding, from
     whether each step is real: (B, T) -> (B, 1, S, S).
 
-    Padding sees itself, as a mean over no token is no number.
+    Padding sees only itself, as the softmax over no token is NaN.
     """
     place = torch.arange(3 * real.shape[1], device=real.device)
     before = (place < place[:, None]) & real.repeat_interleave(3, 1)[:, None]
@@ -223,7 +225,7 @@ class Layer(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Tokens (B, S, W), and what `visible` says (B, 1, S, S) -> what becomes of them."""
+        """Tokens (B, S, W) and the mask of `visible` (B, 1, S, S) -> tokens (B, S, W)."""
         parts = self.query_key_value(self.norm(x)).chunk(3, -1)
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -259,7 +261,7 @@ class Agent(nn.Module):
             self.embed_return(returns), self.embed_obs(self.obs_scale(batch.obs)),
             self.embed_action(batch.actions),
         ]  # fmt: skip
-        times = batch.times.clamp(max=self.embed_time.num_embeddings - 1)  # where no limit ends it
+        times = batch.times.clamp(max=self.embed_time.num_embeddings - 1)  # if no limit ends it
         x = torch.stack(tokens, 2) + self.embed_time(times)[:, :, None]
         x, seen = self.first_norm(x.flatten(1, 2)), visible(batch.real)
         for layer in self.layers:
@@ -300,7 +302,7 @@ class Episodes(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B sequences of T steps. Row b of each; the first ones may be padding, where numbers mean
+    """B sequences of T steps. Row b of each; the first ones may be padding, whose numbers mean
     nothing:
     """
 
@@ -309,7 +311,7 @@ class Batch(NamedTuple):
     actions: Tensor  # action, (B, T)
     rewards: Tensor  # reward, (B, T)
     times: Tensor  # steps of the episode before this one, not of the sequence, (B, T)
-    real: Tensor  # whether this is a step, no padding, (B, T)
+    real: Tensor  # True: a step; False: padding, (B, T)
 
 
 def returns_to_go(rewards: Tensor, last: Tensor) -> Tensor:
@@ -330,7 +332,7 @@ def times_in_episodes(last: Tensor) -> Tensor:
 
 
 def sequences(data: Episodes, ends: Tensor, length: int) -> Batch:
-    """The T steps up to these rows, and including them: (B,). Where an episode is younger, padding
+    """The T steps up to these rows, and including them: (B,). Where an episode has fewer, padding
     stands before its first step.
     """
     back = torch.arange(length - 1, -1, -1, device=ends.device)
@@ -341,9 +343,9 @@ def sequences(data: Episodes, ends: Tensor, length: int) -> Batch:
 def next_step(
     batch: Batch, obs: Tensor, begins: Tensor, rewards: Tensor, target: Tensor | float
 ) -> Batch:
-    """The T steps up to a new one, whose action is still to be chosen, from the T steps before it,
-    and of the new one: (N, O), whether an episode begins with it (N,), what the action before it
-    was paid (N,). To begin with, R is the target; then what is left of it (Algorithm 1).
+    """The last T steps up to a new one, whose action is still to be chosen. From the T steps before
+    it, its observation (N, O), whether it begins an episode (N,), and the reward of the action
+    before it (N,). R starts at the target, and each reward is subtracted (Algorithm 1).
     """
     returns = torch.where(begins, target, batch.returns[:, -1] - rewards)
     times = torch.where(begins, 0, batch.times[:, -1] + 1)
@@ -354,7 +356,7 @@ def next_step(
 
 
 def masked_mean(values: Tensor, real: Tensor) -> Tensor:
-    """The mean over steps that are no padding: (B, T), (B, T) -> scalar."""
+    """The mean over real steps: (B, T), (B, T) -> scalar."""
     return (values * real).sum() / real.sum()
 
 
@@ -393,7 +395,7 @@ class Scale(nn.Module):
         self.register_buffer("deviation", torch.ones(size))
 
     def measure(self, rows: Tensor) -> None:
-        """Of each number of (D, size). Double precision, as D may be a million."""
+        """Takes both of each column of (D, size), in double precision, as D may be a million."""
         rows = rows.double()
         self.mean.copy_(rows.mean(0))
         self.deviation.copy_(rows.std(0, correction=0) + EPSILON)
@@ -414,8 +416,8 @@ def whole_episodes(
     obs: Tensor, actions: Tensor, rewards: Tensor, last: Tensor, begun: bool
 ) -> Episodes:
     """T steps of N environments side by side, (T, N, O) and three of (T, N), as episodes one after
-    the other. What does not come to its end is left out, and where the first steps have not begun
-    an episode, also what stands up to the first end: returns-to-go and times would be unknown.
+    the other. Unfinished ones are left out, and where the first steps have not begun an episode,
+    also what stands up to the first end, whose times would be unknown.
     """
     number = last.cumsum(0) - last.long()  # of the episode, in its environment
     kept = (number < last.sum(0)) & (number >= (0 if begun else 1))
@@ -425,8 +427,8 @@ def whole_episodes(
 
 
 def random_play(args: Args) -> Episodes:
-    """D steps or a few less of N environments with uniformly random actions, the same ones each
-    time.
+    """At least D steps of N environments with uniformly random actions, less the episodes that are
+    cut off at the end. The same ones each time.
     """
     envs, rows = Envs(args, args.num_envs, TRAINING), []
     with contextlib.closing(envs), torch.random.fork_rng(devices=[]):
@@ -469,8 +471,8 @@ def read_run(path: Path, env_id: str, limit: int) -> Episodes:
             raise ValueError(f"its environment is {state['args']['env_id']}")
         added, columns = state["buffer"]["num_added"], state["buffer"]["rows"]
         size, num_envs = len(columns[0]), state["args"]["num_envs"]
-        # The n-th transition that was added is of environment n % N, and in row n % size. Those of
-        # which the ring has not kept all environments are left out.
+        # Transition n is of environment n % N, in row n % size. Steps of which the ring has not
+        # kept every environment are left out.
         first = -(-max(added - size, 0) // num_envs) * num_envs
         rows = (torch.arange(first, added) % size).view(-1, num_envs)
         obs, actions, rewards, next_obs, terminated = (column[rows] for column in columns)
@@ -485,8 +487,9 @@ def find_ends(
     """Where the episodes ended, also by a time limit, which is not recorded: two of (T, N, O),
     (T, N), whether each environment is within an episode at the end (N,) -> (T, N).
 
-    At a limit, the step does not lead to the observation of the next row; or it does by chance, but
-    is the last that the limit allows. This cannot be counted before a first episode has begun.
+    At a limit, the step leads elsewhere than to the observation of the next row; or it leads there
+    by chance, but is the last that the limit allows. Steps can be counted only once an episode has
+    begun.
     """
     last = terminated | torch.cat([(next_obs[:-1] != obs[1:]).any(-1), ~running[None]])
     counts = torch.full(running.shape, 0 if begun else -len(last))
@@ -557,7 +560,7 @@ def play(
     """How the trained policy is evaluated: observations (N, O) -> actions (N,).
 
     The agent remembers T calls, but none from before the episode: first (N,) is True where one
-    begins. rewards (N,) is what the last actions were paid; if not given, what the agent foresaw.
+    begins. rewards (N,) is what the last actions were paid; if not given, what the agent predicts.
     """
     device = agent.best_return.device
     if agent.state is None:

@@ -5,7 +5,7 @@
 #   "tqdm>=4.66.0",
 # ]
 # ///
-r"""ReBRAC: TD3 from recorded steps, held near them twice, for continuous actions.
+r"""ReBRAC: TD3 from recorded steps, with two penalties, for continuous actions.
 
 Paper    Tarasov, Kurenkov, Nikulin, Kolesnikov (2023), "Revisiting the minimalist approach to
          offline reinforcement learning", section 3, with the authors' code (rebrac.py). What they
@@ -13,11 +13,11 @@ Paper    Tarasov, Kurenkov, Nikulin, Kolesnikov (2023), "Revisiting the minimali
          actor-critic methods", equations 10 and 15.
 Idea     TD3+BC (td3bc_continuous.py) learns from a fixed data set of transitions (s, a, r, s'),
          without acting (offline). Its policy pi(s) goes up the slope of Q(s, a), but is held near
-         the recorded actions, as nobody tried those far from them, and Q may be wrong there.
-         ReBRAC also lowers the value of the next action a' in the target, the further it is from
-         the one that was recorded in s', here b: so Q itself warns of actions that the data do not
-         have. The rest is from practice: LayerNorm in the critics, which keeps Q from growing
-         without bounds away from the data, and three hidden layers.
+         the recorded actions, as nobody tried others, and Q may be wrong there. ReBRAC also lowers
+         the target, the further the next action a' is from b, the action recorded in s'. So Q
+         itself is low for actions that are not in the data. Two choices come from practice:
+         LayerNorm in the critics, which keeps Q from growing without bounds away from the data,
+         and three hidden layers.
 
              y      = r + gamma * (min_k Q_target,k(s', a') - beta_2 * |a' - b|^2)
                       or r alone, if the episode terminated
@@ -29,12 +29,12 @@ Idea     TD3+BC (td3bc_continuous.py) learns from a fixed data set of transition
 
          The data are random play, made at the start, or the replay buffer of a run of another
          script, such as sac_continuous.py or td3_continuous.py, or a NumPy file with D4RL's names.
-Differs  Batches have 256 transitions, not 1,024; all layers start as PyTorch makes them. The
-         authors choose beta_1 and beta_2 for each data set, from 0 to 0.1. The last step
-         before a time limit is not learned from: nothing was recorded in its s'. Both gradients are
-         taken at the same weights and make one step of Adam. Steps in the log and in
-         --total-timesteps are gradient steps. Networks see actions in (-1, 1), which are scaled to
-         their bounds for the environment only.
+Differs  The authors choose beta_1 (up to 0.1), beta_2 (up to 0.5) and learning rates for each data
+         set. In MuJoCo, their batches have 1,024 transitions, here 256. All layers start as PyTorch
+         makes them. Both gradients are taken at the same weights and make one step of Adam; theirs
+         moves the critics first. A step after which no action was recorded, such as the last before
+         a time limit, is left out. Steps in the log and in --total-timesteps are gradient steps.
+         Networks see actions in (-1, 1), which are scaled to their bounds for the environment only.
 Shapes   N environments; D recorded transitions, B of them in a batch; O numbers of an observation;
          K of an action.
 Run      python rebrac_continuous.py
@@ -107,8 +107,8 @@ class Args:
     dataset_size: Size = 50_000  # steps of random play, at least
     learning_rate: Positive = 1e-3  # step size of the optimizer
     gamma: Fraction = 0.99  # discount factor
-    policy_penalty: Weight = 0.02  # weight of pi(s)'s distance from recorded actions (beta_1)
-    target_penalty: Weight = 0.02  # weight of a's distance from them in the target (beta_2)
+    policy_penalty: Weight = 0.02  # weight of |pi(s) - a|^2, a as recorded (beta_1)
+    target_penalty: Weight = 0.02  # weight of |a' - b|^2 in the target, b as recorded (beta_2)
     tau: Fraction = 0.005  # step of the target network towards the Q-network; 1: a copy
     batch_size: Count = 256  # transitions in a minibatch (B)
     hidden_size: SmallCount = 256  # units in each of the three hidden layers
@@ -264,17 +264,17 @@ def td_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float)
     return rewards + gamma * next_q.min(0).values * ~terminated
 
 
-def distance(actions: Tensor, recorded: Tensor) -> Tensor:
-    """|a - b|^2, the sum of the squares over the numbers of an action: (B, K), (B, K) -> (B,)."""
+def squared_distance(actions: Tensor, recorded: Tensor) -> Tensor:
+    """|a - b|^2, summed over the numbers of an action: (B, K), (B, K) -> (B,)."""
     return (actions - recorded).square().sum(1)
 
 
 def policy_loss(q_of_policy: Tensor, distances: Tensor, weight: float) -> Tensor:
     """J_pi, mean of beta_1 * |pi(s) - a|^2 - lambda * min_k Q_k(s, pi(s)), from Q_k(s, pi(s)) and
-    the distances: (2, B), (B,) -> scalar.
+    |pi(s) - a|^2: (2, B), (B,) -> scalar.
     """
     q_values = q_of_policy.min(0).values
-    scale = q_values.detach().abs().mean()  # 1 / lambda: it takes out the scale of Q
+    scale = q_values.detach().abs().mean()  # 1 / lambda: the scale of Q does not matter
     return weight * distances.mean() - q_values.mean() / scale
 
 
@@ -296,17 +296,17 @@ class Batch(NamedTuple):
 
 
 def compute_gradient(
-    agent: nn.Module, target_agent: nn.Module, batch: Batch, recorded: Tensor, noise: Tensor,
+    agent: nn.Module, target_agent: nn.Module, batch: Batch, following: Tensor, noise: Tensor,
     moves_policy: bool, args: Args,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The gradients of J_Q and, if the policy moves, of J_pi on B transitions -> metrics. The
-    actions recorded in s' are (B, K); noise is standard normal, (B, K).
+    following actions b, recorded in s', are (B, K); noise is standard normal, (B, K).
     """
     with torch.no_grad():  # the target is a constant
         next_actions = target_agent(batch.next_obs)
         next_actions = smooth(next_actions, noise, args.policy_noise, args.noise_clip)
         next_q = target_agent.critics(batch.next_obs, next_actions)
-        next_q = next_q - args.target_penalty * distance(next_actions, recorded)
+        next_q = next_q - args.target_penalty * squared_distance(next_actions, following)
         target = td_target(batch.rewards, batch.terminated, next_q, args.gamma)
     q_values = agent.critics(batch.obs, batch.actions)
     loss = (q_values - target).square().mean()  # over both critics
@@ -315,7 +315,7 @@ def compute_gradient(
         constants = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
         policy_actions = agent(batch.obs)
         q_of_policy = functional_call(agent.critics, constants, (batch.obs, policy_actions))
-        distances = distance(policy_actions, batch.actions)
+        distances = squared_distance(policy_actions, batch.actions)
         actor_loss = policy_loss(q_of_policy, distances, args.policy_penalty)
         metrics["losses/policy_loss"] = actor_loss.detach()
         loss = loss + actor_loss  # no weight gets a gradient from both
@@ -325,15 +325,15 @@ def compute_gradient(
 
 def update(
     agent: nn.Module, target_agent: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
-    recorded: Tensor, moves_policy: bool, args: Args,
+    following: Tensor, moves_policy: bool, args: Args,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One gradient step on a batch, with the actions recorded in s' (B, K) -> metrics. If the
-    policy moves, all target networks follow.
+    """One gradient step on a batch, with the actions that follow, (B, K) -> metrics. If the policy
+    moves, all target networks follow, too.
     """
     noise = torch.randn(batch.actions.shape).to(batch.obs.device)
     optimizer.zero_grad()
     gradient = compiled(compute_gradient, args)  # one graph with the policy's step, one without
-    metrics = gradient(agent, target_agent, batch, recorded, noise, moves_policy, args)
+    metrics = gradient(agent, target_agent, batch, following, noise, moves_policy, args)
     optimizer.step()  # leaves weights without a gradient as they are
     if moves_policy:
         update_target(target_agent, agent, args.tau)
@@ -401,8 +401,8 @@ def read_arrays(path: Path, space: gym.spaces.Box) -> Batch:
 
 
 def pair(data: Batch) -> tuple[Batch, Tensor]:
-    """The transitions that can be learned from, and the actions recorded in their s': D rows
-    -> at most D rows, (D, K).
+    """The transitions that can be learned from, and the actions that follow, recorded in their s':
+    D rows -> at most D rows, (at most D, K).
 
     The action of s' is that of the first later row whose observation is s'. Where there is none, as
     at a time limit, the transition is left out, unless it terminated: then nothing asks for the
@@ -413,11 +413,10 @@ def pair(data: Batch) -> tuple[Batch, Tensor]:
     rows = torch.arange(len(states))
     ordered = (states * len(states) + rows).sort()  # by state, in each by row
     place = torch.searchsorted(ordered.values, next_states * len(states) + rows, right=True)
-    following = ordered.indices[place % len(states)]
-    found = (states[following] == next_states) & (place < len(states))
-    kept = found | data.terminated
-    actions = data.actions[following] * found[:, None]
-    return Batch(*(column[kept] for column in data)), actions[kept]
+    later = ordered.indices[place % len(states)]
+    found = (states[later] == next_states) & (place < len(states))
+    following, kept = data.actions[later] * found[:, None], found | data.terminated
+    return Batch(*(column[kept] for column in data)), following[kept]
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------
@@ -434,19 +433,18 @@ def train(args: Args) -> "Result":
     recorded = None if args.dataset == "random" else read_dataset(args, envs)
     parts = {"target_agent": target_agent, "optimizer": optimizer}
     with Run(args, envs, agent, **parts) as run:
-        data, next_actions = pair(recorded or random_play(args))
-        if len(next_actions) == 0:
+        data, following = pair(recorded or random_play(args))
+        if len(following) == 0:
             raise UsageError(f"--dataset {args.dataset}: no step follows another")
-        data = Batch(*(column.to(device) for column in data))
-        next_actions = next_actions.to(device)
+        data, following = Batch(*(column.to(device) for column in data)), following.to(device)
         metrics = {}  # the newest; those of the policy are not of every step
         while run.is_running():
             # Learn.
-            rows = torch.randint(len(next_actions), (args.batch_size,))
+            rows = torch.randint(len(following), (args.batch_size,))
             batch = Batch(*(column[rows] for column in data))
             envs.steps += 1
             moves_policy = envs.steps % args.policy_frequency == 0
-            rest = next_actions[rows], moves_policy, args
+            rest = following[rows], moves_policy, args
             metrics |= update(agent, target_agent, optimizer, batch, *rest)
 
             # Log, evaluate, save.

@@ -35,6 +35,7 @@ BAD = [
     ("--precision float16", "--precision"),
     ("--cql-weight -1", "--cql-weight"),
     ("--target-gap nan", "--target-gap"),
+    ("--cql-weight 0 --target-gap 1", "--cql-weight"),
     ("--num-actions 0", "--num-actions"),
     ("--alpha -0.1", "--alpha"),
     ("--dataset-size 0", "--dataset-size"),
@@ -218,7 +219,7 @@ def random_batch(size=40):
     return script.Batch(obs, actions, torch.randn(size).double(), next_obs, torch.rand(size) < 0.3)
 
 
-@pytest.mark.parametrize("autotune, target_gap", [(True, 0.0), (False, 0.5)])
+@pytest.mark.parametrize("autotune, target_gap", [(True, None), (False, -0.5)])
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_update_goes_down_the_gradients_each_of_the_weights_of_its_own(
     autotune, target_gap, compile
@@ -281,8 +282,8 @@ def test_update_goes_down_the_gradients_each_of_the_weights_of_its_own(
     gap = (gaps[0] + gaps[1]).item() / 2
     if autotune:  # its target is an entropy of -2
         log_alpha -= 0.1 * -0.3 * (log_probs.mean().item() - 2)
-    if target_gap > 0:
-        log_factor += 0.1 * weight * (gap - 0.5)
+    if target_gap is not None:
+        log_factor += 0.1 * weight * (gap - target_gap)
     assert agent.log_alpha.item() == pytest.approx(log_alpha)
     assert agent.log_factor.item() == pytest.approx(log_factor)
     found = dict(agent.named_parameters())
@@ -382,10 +383,10 @@ def test_the_policy_stays_where_actions_are_recorded_and_its_value_is_lower():
 
 
 def test_the_weight_is_learned_only_towards_a_target():
-    """From --cql-weight on, up or down; of 0 it stays 0."""
+    """From --cql-weight on, up or down."""
     batch = random_batch()
     batch = script.Batch(*(x.float() if x.is_floating_point() else x for x in batch))
-    for weight, target, sign in [(2.0, 0.0, 0), (2.0, 0.1, 1), (2.0, 9.0, -1), (0.0, 0.1, 0)]:
+    for weight, target, sign in [(2.0, None, 0), (2.0, 0.1, 1), (2.0, 9.0, -1)]:
         agent = make_agent()
         optimizer = torch.optim.Adam(agent.parameters(), lr=0.1)
         args = script.Args(cql_weight=weight, target_gap=target)
@@ -395,6 +396,16 @@ def test_the_weight_is_learned_only_towards_a_target():
         ]
         expected = weight * np.exp(0.1 * sign * np.arange(3))
         np.testing.assert_allclose(weights, expected, rtol=0.01)
+
+
+def test_the_weight_stays_finite_where_its_target_is_out_of_reach():
+    agent, batch = make_agent(), random_batch()
+    agent.log_factor.data.fill_(200.0)
+    batch = script.Batch(*(x.float() if x.is_floating_point() else x for x in batch))
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0)
+    args = script.Args(cql_weight=2.0, target_gap=-50.0)
+    metrics = script.update(agent, agent.critics, optimizer, batch, args)
+    assert metrics["losses/cql_weight"] == 2e6
 
 
 # ---- The actor -----------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_three_hidden_layers_and_those_of_critics_are_normalised(layer_norm):
 def test_distances_are_sums_over_the_numbers_of_an_action():
     actions = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, -1.0]])
     recorded = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    assert script.distance(actions, recorded).tolist() == [5.0, 13.0]
+    assert script.squared_distance(actions, recorded).tolist() == [5.0, 13.0]
 
 
 def test_policy_loss_by_hand():
