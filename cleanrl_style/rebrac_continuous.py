@@ -111,7 +111,7 @@ class Args:
     target_penalty: Weight = 0.02  # weight of |a' - b|^2 in the target, b as recorded (beta_2)
     tau: Fraction = 0.005  # step of the target network towards the Q-network; 1: a copy
     batch_size: Count = 256  # transitions in a minibatch (B)
-    hidden_size: SmallCount = 256  # units in each of the three hidden layers
+    layer_size: SmallCount = 256  # units in each of the three hidden layers
     layer_norm: bool = True  # normalise the hidden layers of the critics
     policy_noise: Weight = 0.2  # standard deviation of noise in target actions; 1: half the range
     noise_clip: Weight = 0.5  # largest noise in target actions (c); 1: half the range
@@ -158,7 +158,7 @@ class Bfloat16Linear(nn.Linear):
 
 
 def mlp(
-    inputs: int, hidden_size: int, outputs: int, layer_norm: bool, bfloat16: bool = False
+    inputs: int, layer_size: int, outputs: int, layer_norm: bool, bfloat16: bool = False
 ) -> nn.Sequential:
     """A network with three hidden layers, normalised if wanted. The products between them, which
     usually are most of the work, may be in bfloat16.
@@ -166,22 +166,22 @@ def mlp(
     linear = Bfloat16Linear if bfloat16 else nn.Linear
     norm = nn.LayerNorm if layer_norm else nn.Identity
     return nn.Sequential(
-        nn.Linear(inputs, hidden_size), nn.ReLU(), norm(hidden_size),
-        linear(hidden_size, hidden_size), nn.ReLU(), norm(hidden_size),
-        linear(hidden_size, hidden_size), nn.ReLU(), norm(hidden_size),
-        nn.Linear(hidden_size, outputs),
+        nn.Linear(inputs, layer_size), nn.ReLU(), norm(layer_size),
+        linear(layer_size, layer_size), nn.ReLU(), norm(layer_size),
+        linear(layer_size, layer_size), nn.ReLU(), norm(layer_size),
+        nn.Linear(layer_size, outputs),
     )  # fmt: skip
 
 
 class Critics(nn.Module):
-    """Q_1 and Q_2: two Q-networks, which see actions in (-1, 1)."""
+    """Q_1 and Q_2: two Q-networks with three hidden layers, which see actions in (-1, 1)."""
 
     def __init__(
-        self, obs_size: int, action_size: int, hidden_size: int, layer_norm: bool,
+        self, obs_size: int, action_size: int, layer_size: int, layer_norm: bool,
         bfloat16: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        sizes = obs_size + action_size, hidden_size, 1, layer_norm, bfloat16
+        sizes = obs_size + action_size, layer_size, 1, layer_norm, bfloat16
         self.networks = nn.ModuleList(mlp(*sizes) for _ in range(2))
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
@@ -191,17 +191,19 @@ class Critics(nn.Module):
 
 
 class Agent(nn.Module):
-    """pi(s) and its two critics. Actions in (-1, 1) are scaled to low and high (K,)."""
+    """pi(s) and its two critics, which alone may be normalised. Actions in (-1, 1) are scaled to
+    low and high (K,).
+    """
 
     def __init__(
-        self, obs_size: int, low: np.ndarray, high: np.ndarray, hidden_size: int,
+        self, obs_size: int, low: np.ndarray, high: np.ndarray, layer_size: int,
         layer_norm: bool = True, bfloat16: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("low", torch.tensor(low))
         self.register_buffer("high", torch.tensor(high))
-        self.actor = mlp(obs_size, hidden_size, len(low), False, bfloat16)
-        self.critics = Critics(obs_size, len(low), hidden_size, layer_norm, bfloat16)
+        self.actor = mlp(obs_size, layer_size, len(low), False, bfloat16)
+        self.critics = Critics(obs_size, len(low), layer_size, layer_norm, bfloat16)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (B, O) -> actions (B, K)."""
@@ -216,9 +218,9 @@ def use_bfloat16(args: Args) -> bool:
 
 
 def make_network(args: Args, envs: "Envs") -> Agent:
-    """A policy with its critics for these environments, with the bounds of their actions."""
+    """A policy with its critics, normalised or not, with the bounds of these environments."""
     space, kind = envs.action_space, (args.layer_norm, use_bfloat16(args))
-    return Agent(envs.obs.shape[1], space.low, space.high, args.hidden_size, *kind)
+    return Agent(envs.obs.shape[1], space.low, space.high, args.layer_size, *kind)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------

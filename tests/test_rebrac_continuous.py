@@ -15,11 +15,11 @@ from diary import check_settings, recorded, train
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 600 --num-envs 2 --dataset-size 700 --batch-size 32 --hidden-size 32 "
+    "--total-timesteps 600 --num-envs 2 --dataset-size 700 --batch-size 32 --layer-size 32 "
     "--policy-frequency 3 --checkpoint-frequency 150 --eval-frequency 210 --eval-episodes 5"
 )
 OWN = "continuous"
-OWN_FLAGS = "--total-timesteps 2000 --dataset-size 3000 --hidden-size 32"
+OWN_FLAGS = "--total-timesteps 2000 --dataset-size 3000 --layer-size 32"
 WRONG_SPACES = ["CartPole-v1", "cases:HugeBounds-v0"]
 DIVERGES = "--learning-rate 1e30"
 BAD = [
@@ -31,7 +31,7 @@ BAD = [
 ]
 PLAYS = False  # while it trains: its data are recorded
 LEARNS = [
-    ("--env-id cases:Aim-v0 --total-timesteps 4000 --dataset-size 5000 --hidden-size 64", 8),
+    ("--env-id cases:Aim-v0 --total-timesteps 4000 --dataset-size 5000 --layer-size 64", 8),
 ]  # fmt: skip
 
 OF_TD3 = [
@@ -55,9 +55,9 @@ def test_what_others_have_too_is_the_same_and_tested_there(name, other):
 LOW, HIGH = np.float32([-2, 0]), np.float32([2, 10])
 
 
-def make_agent(obs_size=2, hidden_size=16, seed=0, layer_norm=True):
+def make_agent(obs_size=2, layer_size=16, seed=0, layer_norm=True):
     torch.manual_seed(seed)
-    return script.Agent(obs_size, LOW, HIGH, hidden_size, layer_norm)
+    return script.Agent(obs_size, LOW, HIGH, layer_size, layer_norm)
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
@@ -259,7 +259,7 @@ def test_the_last_numbers_of_observations_count_too():
 
 FEW = dict(
     env_id="ContinuousDiary-v0", total_timesteps=300, num_envs=3, dataset_size=400, batch_size=16,
-    hidden_size=16, eval_episodes=3,
+    layer_size=16, eval_episodes=3,
 )  # fmt: skip
 
 
@@ -377,6 +377,6 @@ def test_every_setting_of_the_algorithm_changes_the_outcome(tmp_path):
     check_settings(script, outcome, {
         "seed": 2, "total_timesteps": 24, "num_envs": 4, "dataset": str(tmp_path / "data.npz"),
         "dataset_size": 500, "learning_rate": 5e-4, "gamma": 0.9, "policy_penalty": 1.0,
-        "target_penalty": 1.0, "tau": 0.5, "batch_size": 15, "hidden_size": 15, "layer_norm": False,
+        "target_penalty": 1.0, "tau": 0.5, "batch_size": 15, "layer_size": 15, "layer_norm": False,
         "policy_noise": 0.3, "noise_clip": 0.1, "policy_frequency": 1,
     })  # fmt: skip
