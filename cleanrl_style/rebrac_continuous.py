@@ -418,6 +418,8 @@ def pair(data: Batch) -> tuple[Batch, Tensor]:
     later = ordered.indices[place % len(states)]
     found = (states[later] == next_states) & (place < len(states))
     following, kept = data.actions[later] * found[:, None], found | data.terminated
+    if not kept.any():
+        raise UsageError("in the data, no step follows another")
     return Batch(*(column[kept] for column in data)), following[kept]
 
 
@@ -432,12 +434,10 @@ def train(args: Args) -> "Result":
     agent = make_network(args, envs).to(device)
     target_agent = deepcopy(agent)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-    recorded = None if args.dataset == "random" else read_dataset(args, envs)
+    recorded = None if args.dataset == "random" else pair(read_dataset(args, envs))
     parts = {"target_agent": target_agent, "optimizer": optimizer}
     with Run(args, envs, agent, **parts) as run:
-        data, following = pair(recorded or random_play(args))
-        if len(following) == 0:
-            raise UsageError(f"--dataset {args.dataset}: no step follows another")
+        data, following = recorded or pair(random_play(args))
         data, following = Batch(*(column.to(device) for column in data)), following.to(device)
         metrics = {}  # the newest; those of the policy are not of every step
         while run.is_running():

@@ -183,7 +183,7 @@ def computes_the_same(script, learned_compiled, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [*map(first, cases.OWN)], scope="module")
+@pytest.mark.parametrize("script", [*map(first, cases.OWN)], indirect=True, scope="module")
 def test_compiled_it_computes_the_same_and_resumes_exactly(script, bench, reference):
     """The shortest script of each kind. Needs a C++ compiler. test_from_python has the others."""
     tiny = f"{description(script).TINY} --compile"
