@@ -43,8 +43,10 @@ Run      python cql_continuous.py
          python cql_continuous.py --dataset runs/NAME    (folder of a run of sac_continuous.py)
          python cql_continuous.py --dataset recorded.npz    (arrays of D rows: observations,
              actions, rewards, next_observations, terminals)
-Expect   Return of the squashed means of the policy over 100 episodes:
-             Pendulum-v1     not yet recorded   10k gradient steps
+Expect   Return of the squashed means of the policy over 100 episodes, mean over seeds 1 to 5 (worst
+         to best seed), and median wall time with start-up, random play and evaluation, on one core
+         of an AMD EPYC that had much other work:
+             Pendulum-v1    -150.9 (-154.1 to -145.7)    10k gradient steps    412 s
 """
 
 import contextlib

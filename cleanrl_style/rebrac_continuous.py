@@ -41,8 +41,10 @@ Run      python rebrac_continuous.py
          python rebrac_continuous.py --dataset runs/NAME    (folder of a run of sac_continuous.py)
          python rebrac_continuous.py --dataset recorded.npz    (arrays of D rows, in the order in
              which they were recorded: observations, actions, rewards, next_observations, terminals)
-Expect   Return of the policy over 100 episodes:
-             Pendulum-v1    not yet recorded    10k gradient steps
+Expect   Return of the policy over 100 episodes, mean over seeds 1 to 5 (worst to best seed), and
+         median wall time with start-up, random play and evaluation, on one core of an AMD EPYC:
+             Pendulum-v1    -183.2 (-191.1 to -176.7)    10k gradient steps    211 s
+         That is no better than TD3+BC: random play has all actions, so no Q needs a warning.
 """
 
 import contextlib
