@@ -412,8 +412,9 @@ def draw_panel(axis, found: list[Record]) -> None:
         points = line if isinstance(line, list) else [(0, line), (max(ends), line)]
         axis.plot(*zip(*points), color="black", linewidth=0.8, linestyle=style, label=text)
     axis.set_xlim(0, max(ends))
-    axis.xaxis.set_major_formatter(lambda x, _: short(round(x)) if x else "0")
-    axis.set_xlabel("environment steps")
+    few = axis.get_xlim()[1] < 5_000
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}" if few or not x else short(round(x)))
+    axis.set_xlabel("steps")  # of the environment; offline, gradient steps
     # Below the panel, where it can hide nothing.
     axis.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.17), frameon=False, labelspacing=0.3)
 
