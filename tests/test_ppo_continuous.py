@@ -231,6 +231,10 @@ def test_rpo_shifts_means_in_gradient_steps_only():
     ratio = (policy.log_prob(batch.actions).sum(1) - batch.log_probs).exp()
     gains = torch.min(ratio * batch.advantages, ratio.clamp(0.8, 1.2) * batch.advantages)
     torch.testing.assert_close(metrics["losses/policy_loss"], -gains.mean().detach())
+    found = [weights.grad for weights in agent.actor.parameters()]  # nothing else moves the means
+    expected = torch.autograd.grad(-gains.mean(), [*agent.actor.parameters()])
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs)
 
 
 FEW = dict(
