@@ -42,12 +42,12 @@ Run      python dt_graph.py
          python dt_graph.py --env-id CartPole-v1 --dataset recorded.npz    (arrays of D rows, as
              played, from a start: observations, actions, rewards, terminals, timeouts)
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and median wall time with start-up, random play and evaluation, on one core of an
-         AMD EPYC that had much other work:
-             Graph-v0    -7.0 (-7.0 to -7.0)    2k gradient steps    103 s
+         seed), and median wall time with start-up, random play and evaluations, on one core of an
+         AMD EPYC beside other work:
+             Graph-v0    -7.0 (-7.0 to -7.0)    2k gradient steps    58 s
          Asked for -9, -12 or -16, each seed gets exactly that, but for one: -14, not -16. With
          --no-condition, seeds 1 to 3:
-             Graph-v0    -20.0 (-20.0 to -20.0)    2k gradient steps    47 s
+             Graph-v0    -20.0 (-20.0 to -20.0)    2k gradient steps    58 s
 """
 
 import contextlib
