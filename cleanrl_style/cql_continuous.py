@@ -26,9 +26,8 @@ Idea     Learn from a fixed data set of transitions (s, a, r, s'), whoever recor
          b is drawn from pi(.|s), a' from pi(.|s'). The integral is estimated by the mean of
          exp(Q) / density over 3 A actions c: A uniform, A from pi(.|s), A from pi(.|s'). exp(-gap)
          is the density of a under the policy exp(Q) / integral: the term is behaviour cloning, by Q
-         itself. With random play it makes all actions look alike (a flat Q has the gap K log 2),
-         and is not needed: such data try every action, and SAC learns from them, too
-         (--cql-weight 0). It is meant for data that lack some actions.
+         itself. With random play it makes all actions look alike (a flat Q has the gap K log 2).
+         It is meant for data that lack some actions. With --cql-weight 0, this is SAC.
 Differs  w, the paper's alpha, is 1. The authors have 5 or 10, with the square not halved: 2.5 or 5
          here. Or they learn it (--target-gap); their gap is larger by log 30, as they sum over 30
          actions c where we take the mean. As in their code, y has no entropy, and c may come from

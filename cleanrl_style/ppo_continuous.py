@@ -30,8 +30,8 @@ Differs  At a time limit, V(s_{t+1}) stands for the rewards that would have foll
          bootstraps); at a true end, it counts as 0. Advantages are normalised in each
          minibatch, gradients are clipped, and the learning rate falls linearly to 0. Observations
          are normalised, and rewards divided by the running standard deviation of returns. With
-         --rpo-alpha 0.5, gradient steps see the means of pi with uniform noise (RPO): so pi, which
-         acts without it, stays unsure for longer.
+         --rpo-alpha 0.5, gradient steps see the means of pi with uniform noise (RPO), which is to
+         keep pi unsure for longer; it acts without this noise.
 Shapes   T steps of N environments in a rollout, B of them in a minibatch; O numbers of an
          observation; K numbers of an action. Row t is the step from t to t+1.
 Run      python ppo_continuous.py

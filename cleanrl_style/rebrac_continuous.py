@@ -44,7 +44,7 @@ Run      python rebrac_continuous.py
 Expect   Return of the policy over 100 episodes, mean over seeds 1 to 5 (worst to best seed), and
          median wall time with start-up, random play and evaluation, on one core of an AMD EPYC:
              Pendulum-v1    -183.2 (-191.1 to -176.7)    10k gradient steps    211 s
-         That is no better than TD3+BC: random play has all actions, so no Q needs a warning.
+         That is no better than TD3+BC, perhaps because random play has all actions.
 """
 
 import contextlib

@@ -263,8 +263,8 @@ def settings(script, tmp_path, flags=""):
 def test_from_python(script, tmp_path, monkeypatch, reference):
     """Importing changes nothing, and `train` leaves behind nothing but its result.
 
-    Compiled, as graphs that are not turned into C++ (see conftest.py), it computes the same. Nor
-    does a run that diverges leave anything. It raises ValueError.
+    Nor does a run that diverges. It raises ValueError. Compiled, as graphs that are not turned into
+    C++ (see conftest.py), a run computes the same.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(3)
