@@ -26,8 +26,10 @@ TAGS = {
     "charts/learning_rate",
     "charts/SPS",  # environment steps per second of training so far
     "charts/epsilon",  # probability of a random action
+    "charts/distill_coeff",  # how much the student imitates, from 1 to 0
     "losses/td_loss",  # of the last gradient step's batch; PQN: mean over the minibatches
     "losses/q_values",  # mean of Q(s, a), over the same
+    "losses/distill_loss",  # divergence of the student's policy from the teacher's, in nats
     "losses/cql_gap",  # log of the integral of exp(Q(s, c)) over all actions c, less Q(s, a)
     "losses/cql_weight",  # of this gap in the loss of the critics
     "losses/policy_loss",
@@ -117,11 +119,12 @@ def imports(sources):
                     yield f"{name}: imports {module}, which its metadata does not name"
 
 
-# Where nothing is played, a step is another one.
+# Where nothing is played, or not at every step, a step is another one.
 OFFLINE = {
     (name, "total_timesteps"): "environment steps to train for, at least"
     for name in (
         "cql_continuous", "dt_graph", "iql_continuous", "rebrac_continuous", "td3bc_continuous",
+        "qdagger_cartpole",
     )  # fmt: skip
 }
 
