@@ -401,6 +401,8 @@ def train_teacher(args: Args) -> tuple[QNetwork, ReplayBuffer]:
             first = max(envs.steps - args.num_envs + 1, args.learning_starts)
             steps = range(first, envs.steps + 1)
             learn(q_network, target_network, None, 0.0, optimizer, buffer, steps, args)
+    if not all(weight.isfinite().all() for weight in q_network.parameters()):
+        raise UsageError("a weight of the teacher is not finite: try a lower --learning-rate")
     return q_network, buffer
 
 

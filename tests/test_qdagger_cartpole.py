@@ -14,7 +14,7 @@ from diary import Diary, check_settings, train
 
 # For the tests that all scripts share.
 TINY = (
-    "--total-timesteps 2000 --teacher-steps 300 --teacher-episodes 3 --offline-steps 450 "
+    "--total-timesteps 2000 --teacher-steps 300 --teacher-episodes 3 --offline-steps 350 "
     "--learning-starts 100 --buffer-size 700 --target-network-frequency 50 "
     "--checkpoint-frequency 500 --eval-frequency 700 --eval-episodes 5"
 )
@@ -186,6 +186,12 @@ def test_the_teacher_is_what_dqn_learns(tmp_path, monkeypatch, anneal_lr):
     assert buffer.num_added == 300
     for column, other in zip(buffer.state_dict()["rows"], state["buffer"]["rows"], strict=True):
         assert torch.equal(column, other)
+
+
+def test_a_teacher_that_diverges_stops_the_run():
+    """Before the student learns from it."""
+    with pytest.raises(script.UsageError, match="of the teacher is not finite"):
+        script.train_teacher(script.Args(**FEW | {"learning_rate": 1e30}))
 
 
 def test_without_a_teacher_the_student_is_what_dqn_learns(tmp_path):
