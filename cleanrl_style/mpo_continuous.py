@@ -120,7 +120,7 @@ class Args:
     epsilon: Positive = 0.1  # KL divergence of the weighted actions from pi_target, in nats
     epsilon_mean: Positive = 0.01  # limit of KL_mean, in nats: how far means may move
     epsilon_std: Positive = 1e-3  # limit of KL_std, in nats: how far deviations may move
-    dual_learning_rate: Positive = 1e-2  # step size of log eta, and of the alphas before softplus
+    dual_learning_rate: Positive = 1e-2  # step size of log eta, and of each alpha before softplus
 
     exp_name: str = SCRIPT  # part of the name of the run's folder
     runs_dir: str = "runs"  # where the folders of runs are

@@ -41,7 +41,8 @@ TAGS = {
     "losses/continue_loss",  # cross-entropy of whether the episode goes on, as a model tells
     "losses/latent_kl",  # of a model's prior from its posterior, in nats, at least the free ones
     "losses/novelty_loss",  # mean squared error of the network that imitates a random one
-    "losses/kl",  # of the old policy from the new one, in nats, exact, after the step
+    "losses/kl",  # of the old policy from the new one, in nats, exact; TRPO: after the step
+    "losses/kl_multiplier",  # Lagrange multiplier of the limit on it
     "losses/step_fraction",  # of the step of a trust region, that the line search took; 0: none
     "losses/aux_value_loss",  # of the value head that only trains the policy's layers
     "losses/aux_kl",  # of the policy before an auxiliary phase from the new one, in nats, exact
