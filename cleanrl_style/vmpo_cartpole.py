@@ -265,7 +265,7 @@ def temperature_loss(advantages: Tensor, eta: Tensor, epsilon: float) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """Steps of a rollout, B in a minibatch. Row b of each:"""
+    """Steps of a rollout, B in a minibatch, with the whole of pi_old. Row b of each:"""
 
     obs: Tensor  # observation, not normalised, (B, O)
     actions: Tensor  # action, (B,)
@@ -279,8 +279,7 @@ def make_batch(
     agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor,
     terminated: Tensor, truncated: Tensor, args: Args,
 ) -> Batch:  # fmt: skip
-    """Advantages of a rollout: obs, next_obs (T, N, O) and four of (T, N) -> T * N rows with the
-    whole of pi_old.
+    """Advantages and pi_old of a rollout: obs, next_obs (T, N, O) and four of (T, N) -> T * N rows.
 
     Where an episode ends, next_obs is its last observation. The agent has not been updated since
     the rollout, so pi_old and V_old can be computed here.
