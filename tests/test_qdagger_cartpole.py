@@ -250,10 +250,11 @@ def test_a_run_of_dqn_is_a_teacher_and_so_is_a_student(tmp_path):
 
 
 def test_what_is_no_teacher_is_refused(tmp_path):
+    """A run in another environment, of the same shapes; no checkpoint; no folder."""
     settings = dict(
         total_timesteps=200, learning_starts=64, eval_episodes=1, runs_dir=str(tmp_path)
     )
-    folder = dqn_cartpole.train(dqn_cartpole.Args(env_id="Acrobot-v1", **settings)).folder
+    folder = dqn_cartpole.train(dqn_cartpole.Args(env_id="CartPole-v0", **settings)).folder
     (tmp_path / "checkpoint.pt").write_text("no checkpoint")
     for teacher in (folder, str(tmp_path), str(tmp_path / "nowhere")):
         args = script.Args(teacher=teacher, runs_dir=str(tmp_path / "runs"))
