@@ -33,6 +33,7 @@ Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 
          seed), and median wall time on one core of an AMD EPYC beside other work, start-up and
          evaluation included. The flags of the last two are nearly those of RL Zoo:
              CartPole-v1     500.0 (500.0 to 500.0)    100k steps    64 s
+                             218.5 (194.1 to 251.0)     10k steps     7 s
              MountainCar-v0  -113.0 (-200.0 to -98.5)  200k steps   189 s   one of ten fails
              Acrobot-v1      -76.3 (-79.5 to -73.4)    100k steps   370 s
 """

@@ -36,7 +36,12 @@ Shapes   N environments; B transitions of a batch; O numbers of an observation; 
 Run      python qdagger_cartpole.py
          python qdagger_cartpole.py --distill-weight 0    (no imitation, for comparison)
          python qdagger_cartpole.py --teacher runs/NAME    (folder of a run of dqn_cartpole.py)
-Expect   Not yet recorded.
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with the teacher's training, start-up and evaluation, on one
+         core of an AMD EPYC, whose other core was as busy. 20k steps, half of them offline:
+             CartPole-v1             485.8 (379.2 to 500.0)    45 s
+             Without imitation       244.5 (104.3 to 500.0)    50 s
+             DQN alone, 10k steps    218.5 (194.1 to 251.0)     7 s
 """
 
 import contextlib

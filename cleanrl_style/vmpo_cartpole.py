@@ -43,7 +43,11 @@ Shapes   T steps of N environments in a rollout, B of them in a minibatch; O num
 Run      python vmpo_cartpole.py
          python vmpo_cartpole.py --env-id Acrobot-v1 --total-timesteps 300000 --num-envs 16 \
              --num-minibatches 8 --gae-lambda 0.98
-Expect   Not yet recorded.
+Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
+         seed), and median wall time with start-up and evaluation, on one core of an AMD EPYC, whose
+         other core was as busy:
+             CartPole-v1    439.2 (236.9 to 500.0)    100k steps    11 s    seven of ten reach 500
+             Acrobot-v1     -80.6 (-85.0 to -77.8)    300k steps    36 s
 """
 
 import contextlib
