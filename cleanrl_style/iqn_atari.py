@@ -44,8 +44,8 @@ Expect   10 games after training, epsilon 0.01, mean over seeds 1 and 2 (worst t
          median time in bfloat16 on one core of an AMD EPYC that had other work, too. Pong with the
          second command:
              10.9 (5.4 to 16.4)    600k steps    150 min
-         It wins, but by less than DQN with these flags (19.7). Around step 300k, both seeds fell
-         back for a while.
+         It wins, but by less than DQN, which has 19.7 with the flags that both know. Around step
+         300k, both seeds fell back for a while.
 """
 
 import contextlib

@@ -37,8 +37,8 @@ Run      python qdagger_cartpole.py
          python qdagger_cartpole.py --distill-weight 0    (no imitation, for comparison)
          python qdagger_cartpole.py --teacher runs/NAME    (folder of a run of dqn_cartpole.py)
 Expect   Return of the greedy policy over 100 episodes, mean over seeds 1 to 10 (worst to best
-         seed), and median wall time with the teacher's training, start-up and evaluation, on one
-         core of an AMD EPYC, whose other core was as busy. 20k steps, half of them offline:
+         seed), and median wall time with start-up, teacher and evaluation, on one core of an AMD
+         EPYC, whose other core was as busy. 20k steps, half offline, after 100k of the teacher:
              CartPole-v1             485.8 (379.2 to 500.0)    45 s
              Without imitation       244.5 (104.3 to 500.0)    50 s
              DQN alone, 10k steps    218.5 (194.1 to 251.0)     7 s
@@ -286,9 +286,10 @@ def update(
     optimizer: torch.optim.Optimizer, batch: Batch, args: Args,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One gradient step on a batch -> metrics."""
-    gradient, number = compiled(compute_gradient, args), torch.tensor(weight).to(batch.obs.device)
+    scalar = torch.tensor(weight).to(batch.obs.device)  # a tensor, so that it is compiled once
+    gradient = compiled(compute_gradient, args)
     optimizer.zero_grad()
-    metrics = gradient(q_network, target_network, teacher, number, batch, args)
+    metrics = gradient(q_network, target_network, teacher, scalar, batch, args)
     optimizer.step()
     return metrics
 
